@@ -1,0 +1,159 @@
+"""The configuration of a run: one dataclass a room, no torch, no Hydra.
+
+Hydra's structured configs are these classes; the YAML files in `configs/` only set values. `docs/configuration.md`
+explains every key.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Dict, List, Optional  # noqa: UP035  (OmegaConf on Python 3.10 reads these)
+
+
+@dataclass
+class RunConfig:
+    """The run folder and how a start treats what is already there."""
+
+    name: str = ""  # a label for people and for MLflow; the preset's name by default
+    dir: str = ""  # default: runs/NAME-METHOD-seedN
+    resume: str = "auto"  # auto: go on from the newest good checkpoint; never: refuse a folder that has one
+
+
+@dataclass
+class ModelConfig:
+    """The SiT backbone."""
+
+    name: str = "SiT-XL/2"  # a row of sizes.BACKBONES and a patch size
+    num_classes: int = 1000  # 0: unlabelled data
+    class_dropout: float = 0.1  # probability that a label becomes the null label in training
+    qk_norm: Optional[bool] = None  # default: what the row says
+
+
+@dataclass
+class DataConfig:
+    """The prepared data set (see `repa-scale prepare`)."""
+
+    path: str = ""
+    image_size: int = 256  # pixels; must equal the prepared size
+    workers: int = 2  # loader processes a rank; 0: decode in the training process
+    verify: bool = True  # check the hash of every shard before its first use
+
+
+@dataclass
+class LatentsConfig:
+    """What the transformer sees: a VAE's latents, or the pixels themselves."""
+
+    name: str = "sd-vae-ft-mse"  # a row of sizes.LATENTS
+    weights: str = "hub"  # hub | random | a local folder
+
+
+@dataclass
+class InterpolantConfig:
+    """The path from data (t = 0) to noise (t = 1), and how t is drawn."""
+
+    path: str = "linear"  # linear | cosine
+    time: str = "uniform"  # uniform | lognormal
+
+
+@dataclass
+class TermConfig:
+    """One alignment term; `alignment.NAME` holds as many as wanted. The paper's is named `repa`."""
+
+    encoder: str = "dinov2-vit-b"  # a row of sizes.ENCODERS
+    weights: str = "hub"  # hub | package | random | a local file
+    depth: int = 8  # hidden tokens are taken after this block, counted from 1
+    weight: float = 0.5
+    projector: str = "mlp"  # mlp | linear | conv
+    projector_dim: int = 2048
+    normalize: str = "none"  # none | layernorm | spatial: what is done to the target tokens
+    gamma: float = 0.6  # of spatial normalisation
+    schedule: str = "constant"  # constant | linear | cosine: decay of the weight to 0 at schedule_steps
+    schedule_steps: Optional[int] = None
+    stop_step: Optional[int] = None  # from this step on the term is off and its encoder is not run
+    time_weighting: str = "none"  # none | data: weight (1 - t), more on clean images | noise: weight t
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW, its learning rate over steps, and clipping."""
+
+    learning_rate: float = 1e-4
+    betas: List[float] = field(default_factory=lambda: [0.9, 0.999])  # noqa: UP006
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    schedule: str = "constant"  # constant | linear | cosine: decay to 0 at schedule_steps
+    schedule_steps: Optional[int] = None
+    clip: float = 1.0  # gradient norm; 0: no clipping
+
+
+@dataclass
+class EmaConfig:
+    """The exponential moving average of the weights, in fp32."""
+
+    decay: float = 0.9999
+
+
+@dataclass
+class TrainConfig:
+    """Length, batch, precision, and what happens how often."""
+
+    steps: int = 400_000
+    global_batch: int = 256
+    micro_batch: Optional[int] = None  # samples a rank and forward pass; default: global_batch / ranks
+    precision: str = "bf16"  # fp32 | bf16 | fp16
+    device: str = "auto"  # auto | cuda | cpu
+    activation_checkpointing: bool = False
+    compile: bool = False  # torch.compile, block by block
+    deterministic: bool = False  # deterministic kernels, at some speed
+    init_from: str = ""  # a folder or safetensors file of initial weights under public names
+    log_every: int = 50
+    checkpoint_every: int = 10_000
+    sample_every: int = 0  # 0: off
+
+
+@dataclass
+class SampleConfig:
+    """How the sample grids are drawn."""
+
+    sampler: str = "euler"  # euler | heun | sde
+    steps: int = 50
+    guidance: float = 1.0  # 1: no guidance
+    interval: List[float] = field(default_factory=lambda: [0.0, 1.0])  # noqa: UP006
+    count: int = 64
+    batch: int = 64
+
+
+@dataclass
+class TrackingConfig:
+    """MLflow."""
+
+    uri: str = "sqlite:///mlflow.db"  # `none`: off
+    experiment: str = "repa_scale"
+
+
+@dataclass
+class DeepSpeedConfig:
+    """The DeepSpeed JSON (ds_config.json)."""
+
+    config: str = ""  # default: the one that this package brings
+
+
+@dataclass
+class Config:
+    """Everything that a run can be told."""
+
+    method: str = "repa"  # repa | baseline (no alignment terms)
+    seed: int = 0
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    latents: LatentsConfig = field(default_factory=LatentsConfig)
+    interpolant: InterpolantConfig = field(default_factory=InterpolantConfig)
+    alignment: Dict[str, TermConfig] = field(default_factory=lambda: {"repa": TermConfig()})  # noqa: UP006
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)

@@ -1,0 +1,55 @@
+"""Exit codes, the errors that a user can act on, and the check for missing extras."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from enum import IntEnum
+from types import ModuleType
+
+
+class ExitCode(IntEnum):
+    """What a run tells its launcher (docs/run_folder.md)."""
+
+    COMPLETED = 0
+    BAD_INPUT = 64  # the user's configuration or input is wrong
+    DIVERGED = 65
+    FAILED = 70
+    PREEMPTED = 75  # saved; start the same command again to go on
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. Its text is one line: the value, the rule, the remedy."""
+
+
+class ConfigError(UserError):
+    """A configuration that cannot work."""
+
+
+class DataError(UserError):
+    """Input data that is missing, damaged or of another shape than promised."""
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Imports `module`; where it is absent, raises `UserError` with the one line that installs it.
+
+    Args:
+        module: dotted name, such as `"mlflow"`.
+        extra: the extra of this package that brings it, such as `"track"`.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
+            raise
+        raise UserError(
+            f"{module.split('.')[0]} is not installed; install it with: pip install 'repa-scale[{extra}]'"
+        ) from None
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`"; did you mean 'x'?"` for the closest of `known`, else the list of what is known."""
+    names = sorted(str(k) for k in known)
+    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(names)}"
