@@ -1,0 +1,110 @@
+"""Who this process is among the processes of the run, and the process group that joins them."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from repa_scale.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Rank, local rank and number of processes; the device that this process works on."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @classmethod
+    def from_environment(cls, device: str = "auto", environment: Mapping[str, str] = os.environ) -> Ranks:
+        """Reads RANK, LOCAL_RANK and WORLD_SIZE as `deepspeed` and `torchrun` set them; absent: one process.
+
+        Raises:
+            ConfigError: `device` is `cuda` and there is none.
+        """
+        rank = int(environment.get("RANK", 0))
+        local_rank = int(environment.get("LOCAL_RANK", 0))
+        world_size = int(environment.get("WORLD_SIZE", 1))
+        return cls(rank, local_rank, world_size, pick_device(device, local_rank))
+
+    def start(self, timeout_minutes: float = 30.0) -> None:
+        """Joins the process group (NCCL on CUDA, gloo elsewhere). One process alone makes a group of its own."""
+        if dist.is_initialized():
+            return
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if "MASTER_ADDR" not in os.environ:
+            os.environ.update(
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=str(_free_port()),
+                RANK=str(self.rank),
+                LOCAL_RANK=str(self.local_rank),
+                WORLD_SIZE=str(self.world_size),
+            )
+        dist.init_process_group(
+            "nccl" if self.device.type == "cuda" else "gloo",
+            rank=self.rank,
+            world_size=self.world_size,
+            timeout=timedelta(minutes=timeout_minutes),
+        )
+
+    def barrier(self) -> None:
+        if dist.is_initialized():
+            dist.barrier()
+
+    def broadcast_object(self, value: object) -> object:
+        """Rank 0's `value`, on every rank."""
+        if not dist.is_initialized():
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather_objects(self, value: object) -> list:
+        """Every rank's `value`, in the order of the ranks, on every rank."""
+        if not dist.is_initialized():
+            return [value]
+        boxes: list = [None] * self.world_size
+        dist.all_gather_object(boxes, value)
+        return boxes
+
+
+def pick_device(device: str, local_rank: int = 0) -> torch.device:
+    """`auto`: the local rank's GPU where there is one, else the CPU.
+
+    Raises:
+        ConfigError: `cuda` asked for where there is none.
+    """
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise ConfigError(
+            "train.device=cuda, but torch finds no CUDA device here; use train.device=cpu, or install a CUDA build of "
+            "torch and its driver"
+        )
+    if device == "cpu" or not available:
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {local_rank} has no GPU: this machine shows {torch.cuda.device_count()}; start at most that "
+            "many processes on it (--num_gpus)"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def _free_port() -> int:
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,245 @@
+"""The run folder: its lease, status, metrics and logs (docs/run_folder.md). Written by rank 0 but for the logs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import shutil
+import threading
+import time
+from pathlib import Path
+
+from repa_scale.checkpoint import list_checkpoints, write_atomically
+from repa_scale.errors import ConfigError, UserError
+
+HEARTBEAT_SECONDS = 10.0
+DEAD_AFTER_SECONDS = 60.0  # a "running" status older than this belongs to a dead process
+
+log = logging.getLogger("repa_scale")
+
+
+class RunFolder:
+    """One attempt at a run: opened by `open_run`, closed by `close`."""
+
+    def __init__(self, path: Path, attempt: int) -> None:
+        self.path = path
+        self.attempt = attempt
+        self.checkpoints = path / "checkpoints"
+        self._status = {"state": "running", "step": 0, "attempt": attempt, "reason": ""}
+        self._write_lock = threading.Lock()
+        self._closed = threading.Event()
+        self._metrics = (path / "metrics.jsonl").open("a")
+        self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+
+    def start(self) -> None:
+        self._write_status()
+        self._heart.start()
+
+    def record(self, row: dict) -> None:
+        """Appends one row to metrics.jsonl; what is not finite is written as the strings "nan", "inf", "-inf"."""
+        clean = {k: str(v) if isinstance(v, float) and v - v != 0.0 else v for k, v in row.items()}
+        self._metrics.write(json.dumps(clean) + "\n")
+        self._metrics.flush()
+
+    def progress(self, step: int) -> None:
+        """Notes the step for the next heartbeat; costs nothing."""
+        self._status["step"] = step
+
+    def close(self, state: str, step: int, reason: str = "") -> None:
+        """Writes the final state and gives the lease back."""
+        self._closed.set()
+        if self._heart.is_alive():
+            self._heart.join()
+        self._metrics.flush()
+        os.fsync(self._metrics.fileno())
+        self._metrics.close()
+        self._status.update(state=state, step=step, reason=reason)
+        self._write_status()
+        (self.path / "lease.json").unlink(missing_ok=True)
+
+    def fail(self, reason: str) -> None:
+        """Closes the folder of a run that an error ended, unless it is closed already."""
+        if not self._closed.is_set():
+            self.close("failed", self._status["step"], reason)
+
+    def _beat(self) -> None:
+        while not self._closed.wait(HEARTBEAT_SECONDS):
+            try:
+                self._write_status()
+                write_atomically(self.path / "lease.json", json.dumps(_holder()))
+            except OSError as error:  # a full disk must not end the run here; the save will say so
+                log.warning("heartbeat: %s", error)
+
+    def _write_status(self) -> None:
+        with self._write_lock:
+            write_atomically(self.path / "status.json", json.dumps({**self._status, "updated": time.time()}))
+
+
+def open_run(path: Path, identity: dict, config_yaml: str, resume: str) -> RunFolder:
+    """Rank 0: takes the folder for this attempt, or refuses it and touches nothing.
+
+    Args:
+        identity: `keys`, `identity_hash` and `pair_id` of this run.
+        config_yaml: the resolved configuration, for RUN/config.yaml.
+        resume: `auto`, or `never` to refuse a folder that holds a checkpoint.
+
+    Raises:
+        ConfigError: the folder belongs to a run of another identity (the keys are listed), or `resume` forbids it.
+        UserError: another live process writes in the folder.
+    """
+    check_identity(path, identity)
+    if resume == "never" and list_checkpoints(path / "checkpoints"):
+        raise ConfigError(f"run.dir={path} holds a checkpoint and run.resume=never; choose another run.dir")
+    holder = _live_holder(path)
+    if holder:
+        raise UserError(
+            f"run.dir={path} is in use: process {holder['pid']} on {holder['host']} writes there; "
+            "wait for it, or stop it with: touch " + str(path / "stop")
+        )
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        _take_lease(path)
+    except OSError as error:
+        raise ConfigError(f"run.dir={path} cannot be written ({error.strerror}); choose another folder") from None
+    (path / "stop").unlink(missing_ok=True)
+    for name in ("checkpoints", "samples", "log"):
+        (path / name).mkdir(exist_ok=True)
+    write_atomically(path / "identity.json", json.dumps(identity, indent=1))
+    hashes = f"# identity_hash: {identity['identity_hash']}\n# pair_id: {identity['pair_id']}\n"
+    write_atomically(path / "config.yaml", hashes + config_yaml)
+    _drop_torn_line(path / "metrics.jsonl")
+    for left_over in (path / "checkpoints").glob("*.tmp-*"):
+        shutil.rmtree(left_over, ignore_errors=True)
+    return RunFolder(path, _next_attempt(path))
+
+
+def check_identity(path: Path, identity: dict) -> None:
+    """Refuses a folder whose run has another identity, naming every key that differs."""
+    from repa_scale.identity import differing
+
+    file = path / "identity.json"
+    if not file.is_file():
+        return
+    try:
+        theirs = json.loads(file.read_text())["keys"]
+    except (ValueError, KeyError):
+        raise UserError(f"{file} is damaged, so this run cannot be compared with it; choose another run.dir") from None
+    if lines := differing(theirs, identity["keys"]):
+        raise ConfigError(
+            f"run.dir={path} belongs to another run; these keys differ (there -> here): {'; '.join(lines)}; "
+            "choose another run.dir, or the same settings"
+        )
+
+
+def require_disk_space(path: Path, needed: int) -> None:
+    """Raises where the disk of `path` cannot hold the first checkpoint of `needed` bytes."""
+    existing = path
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise UserError(
+            f"run.dir={path}: a checkpoint takes {needed / 1e9:.3g} GB, but its disk has {free / 1e9:.3g} GB free; "
+            "make room or choose another run.dir"
+        )
+
+
+def log_to_folder(path: Path, rank: int) -> None:
+    """Sends this rank's log to RUN/log/rank_N.log."""
+    handler = logging.FileHandler(path / "log" / f"rank_{rank}.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+
+
+def read_status(path: Path) -> dict:
+    """RUN/status.json, or {} where there is none."""
+    try:
+        return json.loads((path / "status.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The rows of metrics.jsonl that count, by step: of one step the highest attempt, of equal attempts the later."""
+    rows: dict[int, dict] = {}
+    for line in (path / "metrics.jsonl").read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:  # a line that a kill cut off
+            continue
+        if row["step"] not in rows or row["attempt"] >= rows[row["step"]]["attempt"]:
+            rows[row["step"]] = row
+    return [rows[step] for step in sorted(rows)]
+
+
+def _next_attempt(path: Path) -> int:
+    return int(read_status(path).get("attempt", 0)) + 1
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cuts off the last line where a kill left it without its end."""
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        data = file.read()
+        if data and not data.endswith(b"\n"):
+            file.truncate(data.rfind(b"\n") + 1)
+
+
+def _holder() -> dict:
+    return {
+        "host": platform.node(),
+        "pid": os.getpid(),
+        "process_start": _process_start(os.getpid()),
+        "boot_id": _boot_id(),
+        "updated": time.time(),
+    }
+
+
+def _live_holder(path: Path) -> dict | None:
+    """The holder of the lease if it is alive: on this machine by its process, elsewhere by its heartbeat."""
+    try:
+        holder = json.loads((path / "lease.json").read_text())
+    except (OSError, ValueError):
+        return None
+    if (holder["host"], holder["boot_id"]) == (platform.node(), _boot_id()):
+        alive = _process_start(holder["pid"]) == holder["process_start"] is not None
+    else:
+        alive = time.time() - holder["updated"] < DEAD_AFTER_SECONDS
+    return holder if alive and holder["pid"] != os.getpid() else None
+
+
+def _take_lease(path: Path) -> None:
+    """Creates lease.json where there is none; takes a dead holder's away first. Of two that try, one fails."""
+    lease = path / "lease.json"
+    mine = path / f"lease.json.new-{os.getpid()}"
+    mine.write_text(json.dumps(_holder()))
+    try:
+        try:
+            os.link(mine, lease)
+        except FileExistsError:
+            dead = path / f"lease.json.dead-{os.getpid()}"
+            lease.rename(dead)
+            dead.unlink()
+            os.link(mine, lease)
+    except FileExistsError:
+        raise UserError(f"run.dir={path} was taken by another process at the same moment; try again") from None
+    finally:
+        mine.unlink(missing_ok=True)
+
+
+def _process_start(pid: int) -> int | None:
+    """When a process of this machine started, in clock ticks since boot; None: there is no such process."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""

@@ -1,0 +1,177 @@
+"""`repa-scale train`: one process of a run, alone or under `deepspeed`, `torchrun`, Slurm or Kubernetes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+from repa_scale.errors import ConfigError, ExitCode, UserError
+
+EXAMPLE = "repa-scale train experiment=demo_repa run.dir=runs/first"
+
+log = logging.getLogger("repa_scale")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parses the run's keys, trains, and returns the exit code that all ranks agree on."""
+    from repa_scale.compose import compose, print_requested
+
+    argv = sys.argv[1:] if argv is None else argv
+    if print_requested(argv):
+        return ExitCode.COMPLETED
+    _log_to_console()
+    try:
+        return int(run(compose(argv)))
+    except UserError as error:
+        if int(os.environ.get("RANK", 0)) == 0:  # the others found the same
+            print(f"repa-scale: error: {error}", file=sys.stderr)
+        return ExitCode.BAD_INPUT
+    except KeyboardInterrupt:
+        return 130
+    except Exception:
+        log.exception("the run failed")
+        return ExitCode.FAILED
+    finally:
+        _leave()
+
+
+def run(config) -> ExitCode:  # noqa: ANN001
+    """Checks everything that can be checked before anything is loaded, then trains `config` (repa_scale.config.Config)."""
+    from repa_scale.compose import resolved_yaml
+    from repa_scale.data.batches import check_dataset, open_dataset
+    from repa_scale.ranks import Ranks
+    from repa_scale.validation import validate
+
+    ranks = Ranks.from_environment(config.train.device)
+    validate(config, ranks.world_size)
+    dataset = open_dataset(config.data.path)
+    check_dataset(dataset, config)
+    identity = run_identity(config, dataset.fingerprint)
+    ranks.start()
+    if len(set(ranks.gather_objects(identity["identity_hash"]))) > 1:
+        raise ConfigError("the ranks have different configurations or data; start them all with the same arguments")
+    folder = _join(config, ranks, identity, resolved_yaml(config))
+    from repa_scale.run_folder import log_to_folder
+
+    log_to_folder(Path(config.run.dir), ranks.rank)
+    if config.train.deterministic:
+        import torch
+
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    from repa_scale.tracking import open_tracker
+    from repa_scale.trainer import Trainer
+
+    try:
+        tags = run_tags(config, ranks, identity, dataset) if ranks.is_main else {}
+        tracker = open_tracker(config, Path(config.run.dir), tags, dataset) if ranks.is_main else None
+        return Trainer(config, ranks, dataset, folder, tracker, identity).train()
+    except BaseException as error:
+        if folder is not None:
+            folder.fail(f"{type(error).__name__}: {error}")
+        raise
+
+
+def run_identity(config, data_fingerprint: str) -> dict:  # noqa: ANN001
+    """`keys`, `identity_hash` and `pair_id` of a run (identity.py)."""
+    from repa_scale.identity import identity_hash, identity_keys, pair_id
+
+    keys = identity_keys(config, data_fingerprint)
+    return {"keys": keys, "identity_hash": identity_hash(keys), "pair_id": pair_id(keys)}
+
+
+def run_tags(config, ranks, identity: dict, dataset) -> dict[str, str]:  # noqa: ANN001
+    """What MLflow shows of a run besides its parameters."""
+    from repa_scale.deepspeed_config import zero_stage
+
+    terms = config.alignment
+    return {
+        "method": config.method,
+        "model": config.model.name,
+        "encoder": ",".join(term.encoder for term in terms.values()) or "none",
+        "alignment_depth": ",".join(str(term.depth) for term in terms.values()) or "none",
+        "alignment_weight": ",".join(str(term.weight) for term in terms.values()) or "none",
+        "pair_id": identity["pair_id"],
+        "identity_hash": identity["identity_hash"],
+        "data_fingerprint": dataset.fingerprint,
+        "git_commit": _git_commit(),
+        "world_size": str(ranks.world_size),
+        "device": _device_name(ranks.device),
+        "precision": config.train.precision,
+        "seed": str(config.seed),
+        "zero_stage": str(zero_stage(config)),
+        "run_dir": str(Path(config.run.dir).absolute()),
+        "command": " ".join(["repa-scale train", *sys.argv[1:]]),
+    }
+
+
+def _join(config, ranks, identity: dict, yaml: str):  # noqa: ANN001, ANN202
+    """Rank 0 opens the run folder; where it is refused, every rank raises the same error."""
+    from repa_scale.run_folder import open_run, require_disk_space
+
+    folder, refusal = None, None
+    if ranks.is_main:
+        try:
+            path = Path(config.run.dir)
+            require_disk_space(path, checkpoint_bytes(config))
+            folder = open_run(path, identity, yaml, config.run.resume)
+            folder.start()
+        except UserError as error:
+            refusal = error
+    refusal = ranks.broadcast_object(refusal)
+    if refusal is not None:
+        raise refusal
+    return folder
+
+
+def checkpoint_bytes(config) -> int:  # noqa: ANN001
+    """Size of one checkpoint: master weights, two moments and EMA in fp32 (16 bytes a parameter), and a little."""
+    import torch
+
+    from repa_scale.objective import build_objective
+
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in build_objective(config).parameters())
+    return 16 * parameters + 2**20
+
+
+def _device_name(device) -> str:  # noqa: ANN001
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
+
+
+def _git_commit() -> str:
+    """The commit of the working folder's repository; `none` outside one."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return "none"
+    return done.stdout.strip() or "none"
+
+
+def _log_to_console() -> None:
+    """Rank 0's log to stderr."""
+    log.setLevel(logging.INFO)
+    if int(os.environ.get("RANK", 0)) == 0 and not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+        log.addHandler(handler)
+    log.propagate = False
+
+
+def _leave() -> None:
+    """Leaves the process group; without it some runs abort at exit."""
+    if "torch" in sys.modules:
+        import torch.distributed as dist
+
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
