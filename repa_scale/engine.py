@@ -106,10 +106,13 @@ class Engine:
         return self.ds(*args, **kwargs)
 
     def backward(self, loss: Tensor) -> None:
+        """The backward pass of one micro batch."""
         self.ds.backward(loss)
+        if not self.ds.is_gradient_accumulation_boundary():
+            self.ds.step()  # only counts the micro batch
 
     def step(self, learning_rate: float) -> Outcome:
-        """The optimiser step at the end of an accumulation; between them DeepSpeed only counts."""
+        """The optimiser step, after the last micro batch's backward pass."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.ds.step()
@@ -242,6 +245,8 @@ def _import_deepspeed(ranks: Ranks):  # noqa: ANN202
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if ranks.device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # DeepSpeed asks for AMX instructions; torch computes fp16 on any CPU, slowly but right.
+        deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
     deepspeed.init_distributed(dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", verbose=False)
     assert dist.is_initialized()
     return deepspeed

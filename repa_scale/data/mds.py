@@ -1,0 +1,254 @@
+"""Reading MDS shards (the format of mosaicml-streaming) at random, without importing streaming.
+
+`index.json` is checked before any name in it is used. A shard file is opened once and read by `os.pread`, so that
+forked processes and threads can share it. Hashes are checked by `verify_shard`, which dataset.py calls before use.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import json
+import os
+import resource
+import struct
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from repa_scale.errors import DataError
+
+# How the bytes of a column become a value; images stay bytes, for batches.py to decode.
+DECODERS = {
+    "bytes": bytes,
+    "png": bytes,
+    "jpeg": bytes,
+    "str": lambda data: data.decode("utf-8"),
+    "int": lambda data: int.from_bytes(data, "little", signed=True),
+}
+FIXED_SIZES = {"int": 8}
+HASH_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One row of index.json.
+
+    Attributes:
+        columns: (name, encoding, bytes or None where the size varies), in the order of the file.
+        hashes: hex digest by algorithm.
+    """
+
+    basename: str
+    bytes: int
+    hashes: dict[str, str]
+    samples: int
+    columns: tuple[tuple[str, str, int | None], ...]
+
+
+def read_index(folder: Path) -> list[Shard]:
+    """The shards that `folder/index.json` lists.
+
+    Raises:
+        DataError: the index is missing or damaged, or a row in it cannot be used safely.
+    """
+    path = folder / "index.json"
+    try:
+        index = json.loads(path.read_bytes())
+        rows = index["shards"]
+        if index["version"] != 2:
+            raise DataError(f"{path}: version {index['version']!r} is not known, only 2; prepare the set again")
+        shards = [_parse_row(path, row) for row in rows]
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing; prepare the set again") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({type(error).__name__}: {error}); prepare the set again") from None
+    names = [shard.basename for shard in shards]
+    if len(set(names)) != len(names):
+        raise DataError(f"{path} names a shard twice; prepare the set again")
+    return shards
+
+
+def _parse_row(path: Path, row: dict[str, Any]) -> Shard:
+    name = row["raw_data"]["basename"]
+    # A name is joined to the folder: one that could lead out of it must not get that far.
+    if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\\0:"):
+        raise DataError(f"{path}: {name!r} is not a plain file name; this index is not to be trusted")
+    if row["format"] != "mds" or row["compression"]:
+        raise DataError(f"{path}: {name} is {row['format']!r} with compression {row['compression']!r}; only plain MDS")
+    columns = tuple(zip(row["column_names"], row["column_encodings"], row["column_sizes"], strict=True))
+    for column, encoding, size in columns:
+        if encoding not in DECODERS:
+            raise DataError(
+                f"{path}: column {column!r} of {name} has encoding {encoding!r}; known: {', '.join(DECODERS)}"
+            )
+        if size != FIXED_SIZES.get(encoding):
+            raise DataError(f"{path}: column {column!r} of {name} cannot have size {size!r}")
+    samples, size = row["samples"], row["raw_data"]["bytes"]
+    if not (isinstance(samples, int) and isinstance(size, int) and 0 < samples <= size // 4 < 2**31):
+        raise DataError(f"{path}: {name} cannot hold {samples!r} samples in {size!r} bytes")
+    return Shard(name, size, dict(row["raw_data"]["hashes"]), samples, columns)
+
+
+class MdsReader:
+    """Random access to the samples of some shards, numbered through in the order of the index.
+
+    Copies for other processes are cheap: open files stay behind.
+    """
+
+    def __init__(self, folder: Path, shards: list[Shard]) -> None:
+        self.folder = Path(folder)
+        self.shards = shards
+        self._starts = np.cumsum([0, *(shard.samples for shard in shards)]).tolist()
+        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._limit = 0
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """The columns of sample `number`, in [0, len).
+
+        Raises:
+            DataError: the shard is missing or does not hold what the index promises.
+        """
+        which, row = self.locate(number)
+        return self._shard(which).sample(row)
+
+    def locate(self, number: int) -> tuple[int, int]:
+        """Number of the shard that holds sample `number`, and the sample's row in it."""
+        if not 0 <= number < len(self):
+            raise IndexError(f"sample {number} of {len(self)}")
+        which = bisect.bisect_right(self._starts, number) - 1
+        return which, number - self._starts[which]
+
+    def close(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1].file)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder, "shards": self.shards}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_open"):
+            self.close()
+
+    def _shard(self, which: int) -> _OpenShard:
+        shard = self._open.get(which)
+        if shard is None:
+            self._limit = self._limit or _open_file_limit()
+            if len(self._open) >= self._limit:
+                os.close(self._open.popitem(last=False)[1].file)
+            shard = self._open[which] = _OpenShard(self.folder, self.shards[which])
+        return shard
+
+
+class _OpenShard:
+    """An open shard file and where its samples lie.
+
+    The layout of a file: number of samples, samples + 1 offsets (all uint32), a copy of the configuration, the samples. A
+    sample: the sizes of its columns of varying size (uint32), then the columns.
+    """
+
+    def __init__(self, folder: Path, shard: Shard) -> None:
+        self.shard = shard
+        self.path = folder / shard.basename
+        self.file = open_shard(folder, shard)
+        try:
+            head = os.pread(self.file, 4 * (shard.samples + 2), 0)
+            table = np.frombuffer(head, "<u4")
+            if len(table) != shard.samples + 2 or table[0] != shard.samples:
+                raise self._damaged("its head does not fit the index")
+            self.offsets = table[1:].astype(np.int64)
+            if self.offsets[-1] != shard.bytes or (np.diff(self.offsets) < 0).any() or self.offsets[0] < len(head):
+                raise self._damaged("its table of offsets is broken")
+        except BaseException:
+            os.close(self.file)
+            raise
+        self.head_length = 4 * sum(size is None for _, _, size in shard.columns)
+        self.read_sizes = struct.Struct(f"<{self.head_length // 4}I").unpack_from
+        self.decoders = [(name, DECODERS[encoding], size) for name, encoding, size in shard.columns]
+
+    def sample(self, row: int) -> dict[str, Any]:
+        begin, end = int(self.offsets[row]), int(self.offsets[row + 1])
+        data = os.pread(self.file, end - begin, begin)
+        if len(data) < max(end - begin, self.head_length):
+            raise self._damaged(f"it ends inside row {row}")
+        sizes = iter(self.read_sizes(data))
+        at, values = self.head_length, {}
+        try:
+            for name, decode, size in self.decoders:
+                stop = at + (next(sizes) if size is None else size)
+                values[name] = decode(data[at:stop])
+                at = stop
+        except ValueError as error:
+            raise self._damaged(f"column {name!r} of row {row}: {error}") from None
+        if at != len(data):
+            raise self._damaged(f"the columns of row {row} do not add up")
+        return values
+
+    def _damaged(self, what: str) -> DataError:
+        return DataError(f"{self.path} is damaged: {what}; check the set with: repa-scale prepare --check {self.path.parent}")
+
+
+def open_shard(folder: Path, shard: Shard) -> int:
+    """An open file descriptor of a shard whose size is as promised.
+
+    Raises:
+        DataError: missing, unreadable or of another size.
+    """
+    path = folder / shard.basename
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); prepare the set again") from None
+    if (size := os.fstat(file).st_size) != shard.bytes:
+        os.close(file)
+        raise DataError(f"{path} has {size} bytes instead of {shard.bytes}; copy or prepare the set again")
+    return file
+
+
+def verify_shard(folder: Path, shard: Shard) -> None:
+    """Compares a shard file's size and hashes with the index.
+
+    Raises:
+        DataError: it differs, or the index gives no hash that Python knows.
+    """
+    known = [name for name in shard.hashes if name in hashlib.algorithms_available]
+    if not known:
+        raise DataError(f"{folder / shard.basename} has no hash in the index that can be checked; prepare the set again")
+    file = open_shard(folder, shard)
+    try:
+        digests = {name: hashlib.new(name) for name in known}
+        position = 0
+        while chunk := os.pread(file, HASH_CHUNK, position):
+            position += len(chunk)
+            for digest in digests.values():
+                digest.update(chunk)
+    finally:
+        os.close(file)
+    for name, digest in digests.items():
+        if digest.hexdigest() != shard.hashes[name]:
+            raise DataError(
+                f"{folder / shard.basename} is damaged: its {name} is not the one in index.json; "
+                "copy or prepare the set again"
+            )
+
+
+def _open_file_limit() -> int:
+    """How many shards may be open at once: half of what the process may have, after raising its soft limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(hard, 65536) if hard != resource.RLIM_INFINITY else 65536
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            soft = wanted
+        except (OSError, ValueError):
+            pass
+    return max(16, (65536 if soft == resource.RLIM_INFINITY else soft) // 2)
