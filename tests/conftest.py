@@ -1,0 +1,32 @@
+"""What all tests share: GPU tests skip without a GPU, and the folders of golden numbers and of real images."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def golden_folder() -> Path:
+    """`REPA_SCALE_GOLDEN`, or the numbers that the repository brings."""
+    return Path(os.environ.get("REPA_SCALE_GOLDEN", ROOT / "tests" / "golden"))
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """Real images that are not part of the repository (CIFAR-10, ImageNet samples)."""
+    folder = Path(os.environ.get("REPA_SCALE_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is absent: it holds real images that the repository may not bring")
+    return folder
