@@ -31,7 +31,7 @@ class Frozen:
         self.latents = build_latents(config, ranks.device, torch.float32)
         self.encoders = {
             key: build_encoder(*key, grid, ranks.device, dtype)
-            for key in dict.fromkeys((term.encoder, term.weights) for term in terms.values())
+            for key in dict.fromkeys(term.source for term in terms.values())
         }
         if ranks.local_rank == 0:
             ranks.barrier()
@@ -39,15 +39,15 @@ class Frozen:
 
     @torch.no_grad()
     def targets(self, images: Tensor, step: int) -> dict[str, Tensor]:
-        """Target tokens by term. images: (N, 3, S, S) uint8 -> (N, T, z) each. A term that is off does not run its encoder."""
+        """Target tokens by term. images: (N, 3, S, S) uint8 -> (N, T, z) each. A term that is off runs no encoder."""
         active = {name: term for name, term in self.terms.items() if term.active(step)}
         with self.clock.phase("encoder"):
-            wanted = {(term.encoder, term.weights) for term in active.values()}
+            wanted = {term.source for term in active.values()}
             tokens = {key: encoder(images) for key, encoder in self.encoders.items() if key in wanted}
-            return {name: term.prepare(tokens[term.encoder, term.weights]) for name, term in active.items()}
+            return {name: term.prepare(tokens[term.source]) for name, term in active.items()}
 
     @torch.no_grad()
     def clean(self, images: Tensor, posterior: Tensor) -> Tensor:
-        """Clean latents x0. images: (N, 3, S, S) uint8, posterior: (N, C, H, W) standard normal -> (N, C, H, W) fp32."""
+        """Clean latents x0. images: (N, 3, S, S) uint8, posterior: (N, C, H, W) normal -> (N, C, H, W) fp32."""
         with self.clock.phase("latent"):
             return self.latents.draw(self.latents.encode(images), posterior)

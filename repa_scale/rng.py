@@ -104,7 +104,7 @@ def _sample_words(seed: int, purpose: str, step: int, index: Tensor, shape: tupl
     return torch.stack(words, dim=1), count
 
 
-def _range(convert, seed: int, purpose: str, start: int, stop: int, device: torch.device | str) -> Tensor:  # noqa: ANN001
+def _range(convert, seed: int, purpose: str, start: int, stop: int, device: torch.device | str) -> Tensor:
     pieces = []
     at = start
     while at < stop:

@@ -112,3 +112,55 @@ LATENTS: dict[str, LatentSpec] = {
     "taesd": LatentSpec("tiny", 4, 8, "madebyollin/taesd"),
     "identity": LatentSpec("identity", 3, 1),
 }
+
+
+def encoder_spec(name: str) -> EncoderSpec:
+    """The row of a target encoder.
+
+    Raises:
+        ConfigError: unknown name.
+    """
+    if name not in ENCODERS:
+        raise ConfigError(f"encoder={name} is not an encoder{did_you_mean(name, ENCODERS)}")
+    return ENCODERS[name]
+
+
+def latent_spec(name: str) -> LatentSpec:
+    """The row of a latent space.
+
+    Raises:
+        ConfigError: unknown name.
+    """
+    if name not in LATENTS:
+        raise ConfigError(f"latents.name={name} is not a latent space{did_you_mean(name, LATENTS)}")
+    return LATENTS[name]
+
+
+def latent_grid(image_size: int, latents_name: str) -> tuple[int, int, int]:
+    """Shape (C, H, W) of the latent of a square image of `image_size` pixels.
+
+    Raises:
+        ConfigError: the size does not divide.
+    """
+    spec = latent_spec(latents_name)
+    if image_size % spec.factor:
+        raise ConfigError(
+            f"data.image_size={image_size} does not divide by {spec.factor}, the factor of latents.name={latents_name}"
+        )
+    return spec.channels, image_size // spec.factor, image_size // spec.factor
+
+
+def token_grid(image_size: int, latents_name: str, model_name: str) -> tuple[int, int]:
+    """Tokens (down, across) that the transformer sees: one for each patch of the latent.
+
+    Raises:
+        ConfigError: the latent does not divide into patches.
+    """
+    _, height, width = latent_grid(image_size, latents_name)
+    _, patch = backbone(model_name)
+    if height % patch:
+        raise ConfigError(
+            f"model.name={model_name}: patches of {patch} do not divide a latent of {height} x {width} "
+            f"(data.image_size={image_size}, latents.name={latents_name})"
+        )
+    return height // patch, width // patch

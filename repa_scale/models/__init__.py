@@ -1,0 +1,23 @@
+"""The trained networks: the SiT backbone, the projectors, their initial and public weights."""
+
+from __future__ import annotations
+
+from repa_scale.config import Config
+from repa_scale.models.sit import SiT
+from repa_scale.sizes import backbone, latent_grid
+
+
+def build_sit(config: Config) -> SiT:
+    """The backbone that a configuration names, uninitialised."""
+    size, patch = backbone(config.model.name)
+    channels, height, _ = latent_grid(config.data.image_size, config.latents.name)
+    return SiT(
+        input_size=height,
+        patch_size=patch,
+        in_channels=channels,
+        depth=size.depth,
+        width=size.width,
+        heads=size.heads,
+        num_classes=config.model.num_classes,
+        qk_norm=size.qk_norm if config.model.qk_norm is None else config.model.qk_norm,
+    )
