@@ -29,7 +29,7 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class Piece:
-    """The elements [start, stop) of one flattened parameter on this rank, for each of `KINDS`. All (stop - start,) fp32."""
+    """Elements [start, stop) of one flattened parameter on this rank, for each of `KINDS`: (stop - start,) fp32."""
 
     name: str
     shape: tuple[int, ...]
@@ -198,7 +198,7 @@ class CheckpointReader:
     def _open_files(self) -> dict:
         return {}
 
-    def _file(self, name: str):  # noqa: ANN202
+    def _file(self, name: str):
         if name not in self._open_files:
             try:
                 self._open_files[name] = safe_open(self.folder / name, framework="pt")
@@ -215,7 +215,7 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _sha256(file) -> str:  # noqa: ANN001  hashlib.file_digest needs Python 3.11
+def _sha256(file) -> str:
     digest = hashlib.sha256()
     while block := file.read(1 << 20):
         digest.update(block)

@@ -7,7 +7,7 @@ explains every key.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Dict, List, Optional  # noqa: UP035  (OmegaConf on Python 3.10 reads these)
+from typing import Dict, List, Optional
 
 
 @dataclass
@@ -78,7 +78,7 @@ class OptimizerConfig:
     """AdamW, its learning rate over steps, and clipping."""
 
     learning_rate: float = 1e-4
-    betas: List[float] = field(default_factory=lambda: [0.9, 0.999])  # noqa: UP006
+    betas: List[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float = 1e-8
     weight_decay: float = 0.0
     warmup_steps: int = 0
@@ -119,7 +119,7 @@ class SampleConfig:
     sampler: str = "euler"  # euler | heun | sde
     steps: int = 50
     guidance: float = 1.0  # 1: no guidance
-    interval: List[float] = field(default_factory=lambda: [0.0, 1.0])  # noqa: UP006
+    interval: List[float] = field(default_factory=lambda: [0.0, 1.0])
     count: int = 64
     batch: int = 64
 
@@ -150,7 +150,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     latents: LatentsConfig = field(default_factory=LatentsConfig)
     interpolant: InterpolantConfig = field(default_factory=InterpolantConfig)
-    alignment: Dict[str, TermConfig] = field(default_factory=lambda: {"repa": TermConfig()})  # noqa: UP006
+    alignment: Dict[str, TermConfig] = field(default_factory=lambda: {"repa": TermConfig()})
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

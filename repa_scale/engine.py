@@ -209,7 +209,11 @@ class Engine:
 
     def _flats(self) -> list[Tensor]:
         """The flat fp32 tensors that the optimiser updates on this rank."""
-        for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+        for attribute in (
+            "fp32_partitioned_groups_flat",
+            "single_partition_of_fp32_groups",
+            "fp32_groups_flat_partition",
+        ):
             if hasattr(self.optimizer, attribute):
                 return list(getattr(self.optimizer, attribute))
         raise RuntimeError(f"unknown DeepSpeed optimiser {type(self.optimizer).__name__}")
@@ -237,7 +241,7 @@ class Engine:
         return Shard(name, shape, start, stop, view(flat), {key: view(state[key]) for key in MOMENTS})
 
 
-def _import_deepspeed(ranks: Ranks):  # noqa: ANN202
+def _import_deepspeed(ranks: Ranks):
     """Imports DeepSpeed, quietly, and without the shared-memory op that it would otherwise compile on a CPU."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed)\..*")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -266,7 +270,9 @@ def _prepare_blocks(objective: Objective, compile: bool, checkpointing: bool) ->
     objective.model.checkpointing = checkpointing and not compile
     if compile:
         for block in objective.model.blocks:
-            block.forward = torch.compile(_checkpointed(block.forward) if checkpointing else block.forward, fullgraph=True)
+            block.forward = torch.compile(
+                _checkpointed(block.forward) if checkpointing else block.forward, fullgraph=True
+            )
 
 
 def _checkpointed(forward: Callable) -> Callable:

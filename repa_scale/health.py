@@ -15,7 +15,7 @@ CHUNKS = 4  # a 64-bit fingerprint travels as four 16-bit numbers, whose sums a 
 
 
 class StopRequest:
-    """Set by SIGTERM, SIGUSR1, or one SIGINT on this rank, or by the file RUN/stop (seen by rank 0). A second SIGINT quits."""
+    """Set by SIGTERM, SIGUSR1 or one SIGINT on this rank, or by the file RUN/stop on rank 0. A second SIGINT quits."""
 
     def __init__(self, folder: Path | None) -> None:
         self._file = folder / "stop" if folder is not None else None
@@ -36,7 +36,7 @@ class StopRequest:
 def reduce_step(
     ranks: Ranks, means: Sequence[torch.Tensor], fingerprint: int, stop: bool
 ) -> tuple[list[float], int, bool]:
-    """The step's own collective: means over ranks, the sum of fingerprints modulo 2**64, and whether anyone asks to stop.
+    """The step's own collective: means, the sum of fingerprints modulo 2**64, and whether anyone asks to stop.
 
     Args:
         means: scalars of this rank.

@@ -8,7 +8,7 @@ from repa_scale.config import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, step: int) -> float:
-    """The rate of optimiser step `step` (counted from 1): linear warm-up, then constant or a decay to 0 at schedule_steps."""
+    """The rate of step `step`, counted from 1: linear warm-up, then constant or a decay to 0 at schedule_steps."""
     rate = config.learning_rate
     if step <= config.warmup_steps:
         return rate * step / config.warmup_steps

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from repa_scale import __version__
-from repa_scale.checkpoint import CheckpointReader, Piece, list_checkpoints, publish, step_folder, write_manifest, write_pieces
+from repa_scale.checkpoint import (
+    CheckpointReader,
+    Piece,
+    list_checkpoints,
+    publish,
+    step_folder,
+    write_manifest,
+    write_pieces,
+)
 from repa_scale.config import Config
 from repa_scale.ema import ShardEma
 from repa_scale.engine import MOMENTS, Engine

@@ -39,8 +39,8 @@ def main(argv: list[str] | None = None) -> int:
         _leave()
 
 
-def run(config) -> ExitCode:  # noqa: ANN001
-    """Checks everything that can be checked before anything is loaded, then trains `config` (repa_scale.config.Config)."""
+def run(config) -> ExitCode:
+    """Checks all that can be checked before anything is loaded, then trains `config` (repa_scale.config.Config)."""
     from repa_scale.compose import resolved_yaml
     from repa_scale.data.batches import check_dataset, open_dataset
     from repa_scale.ranks import Ranks
@@ -76,7 +76,7 @@ def run(config) -> ExitCode:  # noqa: ANN001
         raise
 
 
-def run_identity(config, data_fingerprint: str) -> dict:  # noqa: ANN001
+def run_identity(config, data_fingerprint: str) -> dict:
     """`keys`, `identity_hash` and `pair_id` of a run (identity.py)."""
     from repa_scale.identity import identity_hash, identity_keys, pair_id
 
@@ -84,7 +84,7 @@ def run_identity(config, data_fingerprint: str) -> dict:  # noqa: ANN001
     return {"keys": keys, "identity_hash": identity_hash(keys), "pair_id": pair_id(keys)}
 
 
-def run_tags(config, ranks, identity: dict, dataset) -> dict[str, str]:  # noqa: ANN001
+def run_tags(config, ranks, identity: dict, dataset) -> dict[str, str]:
     """What MLflow shows of a run besides its parameters."""
     from repa_scale.deepspeed_config import zero_stage
 
@@ -109,7 +109,7 @@ def run_tags(config, ranks, identity: dict, dataset) -> dict[str, str]:  # noqa:
     }
 
 
-def _join(config, ranks, identity: dict, yaml: str):  # noqa: ANN001, ANN202
+def _join(config, ranks, identity: dict, yaml: str):
     """Rank 0 opens the run folder; where it is refused, every rank raises the same error."""
     from repa_scale.run_folder import open_run, require_disk_space
 
@@ -128,7 +128,7 @@ def _join(config, ranks, identity: dict, yaml: str):  # noqa: ANN001, ANN202
     return folder
 
 
-def checkpoint_bytes(config) -> int:  # noqa: ANN001
+def checkpoint_bytes(config) -> int:
     """Size of one checkpoint: master weights, two moments and EMA in fp32 (16 bytes a parameter), and a little."""
     import torch
 
@@ -139,7 +139,7 @@ def checkpoint_bytes(config) -> int:  # noqa: ANN001
     return 16 * parameters + 2**20
 
 
-def _device_name(device) -> str:  # noqa: ANN001
+def _device_name(device) -> str:
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"

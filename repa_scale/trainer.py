@@ -49,7 +49,13 @@ class Trainer:
     """
 
     def __init__(
-        self, config: Config, ranks: Ranks, dataset: DataSet, run: RunFolder | None, tracker: Tracker | None, identity: dict
+        self,
+        config: Config,
+        ranks: Ranks,
+        dataset: DataSet,
+        run: RunFolder | None,
+        tracker: Tracker | None,
+        identity: dict,
     ) -> None:
         self.config, self.ranks, self.dataset = config, ranks, dataset
         self.run, self.tracker, self.identity = run, tracker, identity
@@ -81,8 +87,8 @@ class Trainer:
     def train(self) -> ExitCode:
         """Goes on from the newest good checkpoint to the last step, or until someone asks to stop."""
         train = self.config.train
-        step = self.resume()
-        for step, batch in self.batches(step):
+        done = self.resume()
+        for step, batch in self.batches(done):
             losses, outcome = self.step(step, batch)
             stop = self.record(step, losses, outcome, batch)
             last = step == train.steps
@@ -92,7 +98,7 @@ class Trainer:
                 self.save(step)
             if stop and not last:
                 return self.finish("preempted", step, ExitCode.PREEMPTED)
-        return self.finish("completed", step, ExitCode.COMPLETED)
+        return self.finish("completed", max(done, train.steps), ExitCode.COMPLETED)
 
     def resume(self) -> int:
         """Takes up the newest whole checkpoint, or sets the initial weights. Returns the steps already done."""
@@ -164,7 +170,7 @@ class Trainer:
         return sums, outcome
 
     def record(self, step: int, losses: dict[str, Tensor], outcome: Outcome, batch: Batch) -> bool:
-        """Reduces the step's numbers over the ranks, writes its row when it is due. Returns whether anyone asks to stop."""
+        """Reduces the step's numbers over the ranks and writes its row when due. Returns whether anyone asks to stop."""
         names = sorted(losses)
         means, batch_fingerprint, stop = reduce_step(
             self.ranks, [losses[name] for name in names], fingerprint(batch.ids), self.stop.asked
@@ -196,7 +202,9 @@ class Trainer:
             "batch_fingerprint": f"{batch_fingerprint:016x}",
         }
         self.run.record(row)
-        self.tracker.log(step, {k: v for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}, row["time"])
+        self.tracker.log(
+            step, {k: v for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}, row["time"]
+        )
         log.info(
             "step %d/%d  loss %.4f  denoising %.4f  grad norm %.3f  %.1f images/s",
             step, self.config.train.steps, row["loss"], row["denoising_loss"], row["grad_norm"], row["images_per_second"],
@@ -213,9 +221,7 @@ class Trainer:
 
     def sample(self, step: int) -> None:
         """Draws the sample grid of the EMA weights into RUN/samples and the tracker."""
-        drawn = draw_grid(
-            self.engine, self.ema, self.config, self.frozen.latents, self.frozen.latent_shape, self.ranks
-        )
+        drawn = draw_grid(self.engine, self.ema, self.config, self.frozen.latents, self.frozen.latent_shape, self.ranks)
         if drawn is not None and self.run is not None:
             path = self.run.path / "samples" / f"{step_folder(step)}.png"
             save_sheet(drawn[0], path)
