@@ -1,0 +1,351 @@
+"""From the words of a command line to a complete `Config`: presets, frozen files, overrides. Writes nothing.
+
+Hydra composes the preset; overrides are applied here, one by one, so that each mistake is answered in one line that
+names the key. A frozen file (`--config RUN/config.yaml`) needs no Hydra.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from repa_scale import config as schema
+from repa_scale.config import Config, TermConfig
+from repa_scale.errors import ConfigError, did_you_mean, require
+from repa_scale.sizes import backbone
+
+EXAMPLE = "repa-scale train experiment=demo_repa data.path=demo/data run.dir=runs/first"
+# Flags of `deepspeed` and `torchrun` that carry a value; those of Hydra that have no meaning here are refused.
+RANK_FLAGS = ("--local_rank", "--local-rank")
+DEEPSPEED_FLAGS = ("--deepspeed_config", "--deepspeed-config")
+
+
+@dataclasses.dataclass
+class Words:
+    """A command line, sorted.
+
+    Attributes:
+        preset: of `experiment=NAME`; empty without one.
+        file: of `--config FILE`; empty without one.
+        overrides: (key, text of the value) in the order given; the value is None for `~key`.
+        show: `help`, `cfg` or empty.
+    """
+
+    preset: str = ""
+    file: str = ""
+    overrides: list[tuple[str, str | None]] = dataclasses.field(default_factory=list)
+    show: str = ""
+
+
+def compose(argv: list[str]) -> Config:
+    """The complete configuration that `argv` asks for.
+
+    Args:
+        argv: `experiment=NAME` or `--config FILE`, then `key=value`; of a key given twice the last counts. What
+            launchers add (`--local_rank`, `--deepspeed`, `--deepspeed_config FILE`) is read or dropped.
+
+    Raises:
+        ConfigError: an unknown key or preset, a value of the wrong type, an unreadable file.
+    """
+    words = _sort(argv)
+    if words.file and words.preset:
+        raise ConfigError(
+            f"experiment={words.preset} and --config {words.file} are both whole configurations; give one of them"
+        )
+    tree = _frozen(words.file) if words.file else _preset(words.preset)
+    for key, text in words.overrides:
+        if text is None:
+            _remove(tree, key)
+        else:
+            _assign(tree, key, _value(key, text))
+    return complete(_to_config(tree), words.preset)
+
+
+def complete(config: Config, preset: str = "") -> Config:
+    """Fills in what follows from other keys: `run.name`, `run.dir` and `model.qk_norm`."""
+    size, _ = backbone(config.model.name)
+    if config.model.qk_norm is None:
+        config.model.qk_norm = size.qk_norm
+    if not config.run.name:
+        config.run.name = preset or config.model.name.lower().replace("/", "-")
+    if not config.run.dir:
+        config.run.dir = f"runs/{config.run.name}-{config.method}-seed{config.seed}"
+    return config
+
+
+def resolved_yaml(config: Config) -> str:
+    """The configuration as YAML; `compose(["--config", file])` of it gives an equal `Config`."""
+    omegaconf = require("omegaconf", "train")
+    return omegaconf.OmegaConf.to_yaml(omegaconf.OmegaConf.structured(config))
+
+
+def print_requested(argv: list[str]) -> bool:
+    """Answers `--help` and `--cfg job` on stdout. Returns whether one of them was asked for.
+
+    Raises:
+        ConfigError: as `compose`, for `--cfg job`.
+    """
+    asked = _sort(argv).show
+    if asked == "help":
+        print(help_text())
+    elif asked == "cfg":
+        print(resolved_yaml(compose(argv)), end="")
+    return bool(asked)
+
+
+def presets() -> list[str]:
+    """Names for `experiment=NAME`."""
+    folder = resources.files("repa_scale.configs") / "experiment"
+    return sorted(file.name[: -len(".yaml")] for file in folder.iterdir() if file.name.endswith(".yaml"))
+
+
+def help_text() -> str:
+    """The help of `repa-scale train`."""
+    lines = [
+        "usage: repa-scale train [experiment=PRESET | --config FILE] [key=value ...]",
+        "",
+        "Trains one run: alone, or one process of many under deepspeed, torchrun, Slurm or Kubernetes.",
+        "Starting a run whose folder holds a checkpoint goes on from it.",
+        "",
+        f"example: {EXAMPLE}",
+        "         deepspeed --num_gpus 8 --module repa_scale.train experiment=repa_sit_xl data.path=FOLDER",
+        "",
+        "  --config FILE   start from a frozen configuration, such as RUN/config.yaml",
+        "  --cfg job       print the resolved configuration and do nothing else",
+        "  --help          this text",
+        "",
+        f"presets: {', '.join(presets())}",
+        "",
+        "keys (docs/configuration.md explains each):",
+    ]
+    groups: dict[str, list[str]] = {}
+    for key in known_keys():
+        group, _, rest = key.rpartition(".")
+        groups.setdefault(group, []).append(rest)
+    for group, names in groups.items():
+        lines.append(f"  {group + '.' if group else ''}{{{', '.join(names)}}}" if group else f"  {', '.join(names)}")
+    return "\n".join(lines)
+
+
+def known_keys(term: str = "NAME") -> dict[str, Any]:
+    """Every key and its type. An alignment term's stand under `alignment.{term}.`"""
+    return dict(_fields(Config, "", term))
+
+
+def _fields(cls: type, prefix: str, term: str) -> Iterator[tuple[str, Any]]:
+    for name, hint in typing.get_type_hints(cls, vars(schema)).items():
+        if dataclasses.is_dataclass(hint):
+            yield from _fields(hint, f"{prefix}{name}.", term)
+        elif typing.get_origin(hint) is dict:
+            yield from _fields(TermConfig, f"{prefix}{name}.{term}.", term)
+        else:
+            yield f"{prefix}{name}", hint
+
+
+# The command line.
+
+
+def _sort(argv: list[str]) -> Words:
+    words = Words()
+    left = list(argv)
+    while left:
+        word = left.pop(0)
+        flag, equals, value = word.partition("=")
+
+        def argument(flag: str = flag, equals: str = equals, value: str = value) -> str:
+            if equals:
+                return value
+            if not left:
+                raise ConfigError(f"{flag} needs a value; see repa-scale train --help")
+            return left.pop(0)
+
+        if word in ("--help", "-h"):
+            words.show = words.show or "help"
+        elif flag in RANK_FLAGS:
+            argument()
+        elif word == "--deepspeed":
+            pass
+        elif flag in DEEPSPEED_FLAGS:
+            words.overrides.append(("deepspeed.config", argument()))
+        elif flag == "--config":
+            words.file = argument()
+        elif flag in ("--cfg", "-c"):
+            if (what := argument()) != "job":
+                raise ConfigError(f"{flag} {what}: only `--cfg job` is known; it prints the resolved configuration")
+            words.show = words.show or "cfg"
+        elif word.startswith("-"):
+            known = ["--help", "--config", "--cfg", *RANK_FLAGS, *DEEPSPEED_FLAGS]
+            raise ConfigError(f"{word} is not an option of repa-scale train{did_you_mean(flag, known)}")
+        elif word.startswith("~"):
+            words.overrides.append((flag[1:], None))
+        elif not equals:
+            raise ConfigError(f"{word!r} is not of the form key=value{_hint(word)}")
+        elif flag == "experiment":
+            words.preset = value
+        else:
+            words.overrides.append((flag.lstrip("+"), value))
+    return words
+
+
+def _hint(word: str) -> str:
+    return f"; use experiment={word}" if word in presets() else "; for example train.steps=1000"
+
+
+def _value(key: str, text: str) -> Any:
+    """The value that YAML reads in `text`; 1e-4 is a number, and an empty text stays a text."""
+    omegaconf = require("omegaconf", "train")
+    try:
+        (value,) = omegaconf.OmegaConf.to_container(omegaconf.OmegaConf.from_dotlist([f"value={text}"])).values()
+    except Exception as error:
+        raise ConfigError(f"{key}={text}: not a YAML value ({_first_line(error)}); put it in quotes") from None
+    return "" if text == "" else value
+
+
+# The tree of values (an OmegaConf of `Config`, which checks the types).
+
+
+def _preset(name: str) -> Any:
+    hydra = require("hydra", "train")
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+
+    if name and name not in presets():
+        raise ConfigError(f"experiment={name} is not a preset{did_you_mean(name, presets())}")
+    ConfigStore.instance().store(name="base", node=Config)
+    with hydra.initialize_config_module("repa_scale.configs", version_base="1.3"):
+        tree = hydra.compose("config", [f"experiment={name}"] if name else [])
+    OmegaConf.set_struct(tree, False)  # Hydra's flag would refuse new alignment terms; keys are checked in `_assign`
+    return tree
+
+
+def _frozen(file: str) -> Any:
+    from omegaconf import OmegaConf
+
+    try:
+        values = OmegaConf.to_container(OmegaConf.create(Path(file).read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {file} cannot be read: {_first_line(error)}; name a YAML file") from None
+    except Exception as error:
+        raise ConfigError(f"--config {file} is not YAML: {_first_line(error)}; mend or replace it") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config {file} does not hold keys and values; name a file such as RUN/config.yaml")
+    start = Config()
+    if "alignment" in values:
+        start.alignment = {}  # the file names all its terms
+    tree = OmegaConf.structured(start)
+    try:
+        for key, value in values.items():
+            _assign(tree, str(key), value)
+    except ConfigError as error:
+        raise ConfigError(f"--config {file}: {error}") from None
+    return tree
+
+
+def _assign(tree: Any, key: str, value: Any) -> None:
+    """Sets one key, or all keys of a mapping. A term that is not there yet is added with its defaults."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    parts = key.split(".")
+    if isinstance(value, dict):
+        _check_group(parts)
+        if parts[0] == "alignment" and len(parts) == 2 and parts[1] not in tree.alignment:
+            tree.alignment[parts[1]] = TermConfig()
+        for name, inner in value.items():
+            _assign(tree, f"{key}.{name}", inner)
+        return
+    hint = _check_key(parts)
+    if parts[0] == "alignment" and parts[1] not in tree.alignment:
+        tree.alignment[parts[1]] = TermConfig()
+    if value == "???":
+        raise ConfigError(f"{key}=??? stands for a value that is still needed; give {key}={_describe(hint)}")
+    try:
+        OmegaConf.update(tree, key, value, merge=False)
+    except (OmegaConfBaseException, ValueError, TypeError):
+        raise ConfigError(f"{key}={_show(value)} is not {_describe(hint)}") from None
+
+
+def _remove(tree: Any, key: str) -> None:
+    group, _, name = key.partition(".")
+    if group != "alignment" or not name or "." in name:
+        raise ConfigError(f"~{key}: only an alignment term can be removed, as in ~alignment.repa")
+    if name not in tree.alignment:
+        raise ConfigError(f"~{key}: there is no such term{did_you_mean(name, tree.alignment)}")
+    del tree.alignment[name]
+
+
+def _check_key(parts: list[str]) -> Any:
+    """The type of a key; a message with the nearest known one where there is none."""
+    term = parts[1] if parts[0] == "alignment" and len(parts) > 1 and parts[1] else "NAME"
+    keys = known_keys(term)
+    key = ".".join(parts)
+    if key in keys:
+        return keys[key]
+    if any(known.startswith(f"{key}.") for known in keys):
+        raise ConfigError(f"{key} is a group of keys, not a key; for example {_example(keys, key)}")
+    raise ConfigError(f"unknown key {key}{_nearest(key, keys)}")
+
+
+def _check_group(parts: list[str]) -> None:
+    term = parts[1] if parts[0] == "alignment" and len(parts) > 1 else "NAME"
+    keys = known_keys(term)
+    key = ".".join(parts)
+    if not any(known.startswith(f"{key}.") for known in keys):
+        if key in keys:
+            raise ConfigError(f"{key} takes {_describe(keys[key]).removeprefix('a ')}, not a group of keys")
+        raise ConfigError(f"unknown key {key}{_nearest(key, keys)}")
+
+
+def _nearest(key: str, keys: dict[str, Any]) -> str:
+    """The nearest key: by the whole name, else by the last part of it, else the keys of the same group."""
+    import difflib
+
+    if close := difflib.get_close_matches(key, keys, n=1, cutoff=0.75):
+        return f"; did you mean {close[0]!r}?"
+    lasts = {known.rpartition(".")[2]: known for known in reversed(keys)}  # of several the first
+    if close := difflib.get_close_matches(key.rpartition(".")[2], lasts, n=1, cutoff=0.75):
+        return f"; did you mean {lasts[close[0]]!r}?"
+    group = key.rpartition(".")[0]
+    siblings = [known for known in keys if known.rpartition(".")[0] == group]
+    if group and siblings:
+        return f"; {group} has: {', '.join(known.rpartition('.')[2] for known in siblings)}"
+    groups = sorted({known.partition(".")[0] for known in keys})
+    return did_you_mean(key.partition(".")[0], groups)
+
+
+def _example(keys: dict[str, Any], group: str) -> str:
+    return next(known for known in keys if known.startswith(f"{group}."))
+
+
+def _describe(hint: Any) -> str:
+    """A type in words."""
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        (inner,) = (a for a in arguments if a is not type(None))
+        return f"{_describe(inner)} or null"
+    if typing.get_origin(hint) is list:
+        return "a list of numbers such as [0.9,0.999]"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[hint]
+
+
+def _show(value: Any) -> str:
+    return "null" if value is None else str(value)
+
+
+def _to_config(tree: Any) -> Config:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        return OmegaConf.to_object(tree)
+    except OmegaConfBaseException as error:  # an interpolation such as ${oc.env:NAME}
+        raise ConfigError(f"{error.full_key}: {_first_line(error)}; give the value itself") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
