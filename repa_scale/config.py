@@ -6,8 +6,8 @@ explains every key.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Dict, List, Optional
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Dict, List, Optional, get_args, get_origin, get_type_hints
 
 
 @dataclass
@@ -157,3 +157,23 @@ class Config:
     sample: SampleConfig = field(default_factory=SampleConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+
+
+def from_dict(values: dict[str, Any], of: type = Config) -> Any:
+    """The dataclass whose `dataclasses.asdict` is `values`; keys that are left out keep their defaults.
+
+    Raises:
+        KeyError: a key that the dataclass does not have.
+    """
+    hints = get_type_hints(of)
+    if unknown := set(values) - {f.name for f in fields(of)}:
+        raise KeyError(f"{of.__name__} has no key {sorted(unknown)[0]}")
+    return of(**{name: _convert(value, hints[name]) for name, value in values.items()})
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    if is_dataclass(hint):
+        return from_dict(value, hint)
+    if get_origin(hint) is dict:
+        return {key: _convert(item, get_args(hint)[1]) for key, item in value.items()}
+    return value

@@ -61,6 +61,11 @@ class Ranks:
             timeout=timedelta(minutes=timeout_minutes),
         )
 
+    def leave(self) -> None:
+        """Leaves the process group; without it some runs abort at exit."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
     def barrier(self) -> None:
         if dist.is_initialized():
             dist.barrier()

@@ -5,13 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from repa_scale import rng
 from repa_scale.config import Config
 from repa_scale.ema import ShardEma
 from repa_scale.engine import Engine
 from repa_scale.latents import Latents
 from repa_scale.ranks import Ranks
-from repa_scale.sampling import sample
+from repa_scale.sampling import sample_numbered
 
 
 @torch.no_grad()
@@ -33,24 +32,17 @@ def draw_grid(
         for index in mine.split(settings.batch):
             index = index.to(ranks.device)
             labels = index % classes if classes else torch.zeros_like(index)
-            pieces.append(latents.decode(sample_at(engine, config, index, labels, shape)).cpu())
+            drawn = sample_numbered(
+                lambda x, t, y: engine(x, t, y)["velocity"],
+                index,
+                labels,
+                classes,
+                shape,
+                config.seed,
+                settings,
+                config.interpolant.path,
+            )
+            pieces.append(latents.decode(drawn).cpu())
     images = torch.cat(ranks.gather_objects(torch.cat(pieces)))[: settings.count]
     labels = [i % classes if classes else 0 for i in range(settings.count)]
     return (images.permute(0, 2, 3, 1).numpy(), labels) if ranks.is_main else None
-
-
-def sample_at(engine: Engine, config: Config, index: torch.Tensor, labels: torch.Tensor, shape: tuple) -> torch.Tensor:
-    """Latents of the samples `index`. index, labels: (N,) int64 -> (N, C, H, W)."""
-    settings = config.sample
-    return sample(
-        lambda x, t, y: engine(x, t, y)["velocity"],
-        rng.normal(config.seed, "sample noise", 0, index, shape),
-        labels,
-        config.model.num_classes,
-        sampler=settings.sampler,
-        steps=settings.steps,
-        guidance=settings.guidance,
-        interval=tuple(settings.interval),
-        path=config.interpolant.path,
-        step_noise=lambda i: rng.normal(config.seed, "sampler noise", i, index, shape),
-    )

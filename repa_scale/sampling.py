@@ -8,6 +8,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from repa_scale import rng
+from repa_scale.config import SampleConfig
 from repa_scale.errors import ConfigError, did_you_mean
 from repa_scale.interpolant import Interpolant
 
@@ -50,6 +52,39 @@ def sample(
         raise ConfigError(f"sample.sampler={sampler} is not a sampler{did_you_mean(sampler, SAMPLERS)}")
     run = _Guided(velocity, labels, null_label, guidance, interval, noise.dtype)
     return SAMPLERS[sampler](run, noise.double(), steps, path, step_noise)
+
+
+def sample_numbered(
+    velocity: Velocity,
+    index: Tensor,
+    labels: Tensor,
+    null_label: int,
+    shape: tuple[int, int, int],
+    seed: int,
+    settings: SampleConfig,
+    path: str,
+) -> Tensor:
+    """Samples number `index`: their noise depends on (seed, number) alone, not on batches or processes.
+
+    Args:
+        index, labels: (N,) int64.
+        shape: (C, H, W) of a latent.
+
+    Returns:
+        (N, C, H, W) float64 latents.
+    """
+    return sample(
+        velocity,
+        rng.normal(seed, "sample noise", 0, index, shape),
+        labels,
+        null_label,
+        sampler=settings.sampler,
+        steps=settings.steps,
+        guidance=settings.guidance,
+        interval=(settings.interval[0], settings.interval[1]),
+        path=path,
+        step_noise=lambda i: rng.normal(seed, "sampler noise", i, index, shape),
+    )
 
 
 class _Guided:

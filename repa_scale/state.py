@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -50,7 +51,7 @@ def set_initial(engine: Engine, ema: ShardEma, config: Config) -> None:
 
 
 def save_state(
-    engine: Engine, ema: ShardEma, ranks: Ranks, folder: Path, step: int, samples: int, identity: dict, attempt: int
+    engine: Engine, ema: ShardEma, ranks: Ranks, folder: Path, step: int, config: Config, identity: dict, attempt: int
 ) -> Path:
     """Writes the checkpoint of `step`: every rank its shards, rank 0 the manifest; then gives it its name."""
     final = folder / step_folder(step)
@@ -66,10 +67,11 @@ def save_state(
     if ranks.is_main:
         facts = {
             "step": step,
-            "samples": samples,
+            "samples": step * config.train.global_batch,
             "identity": identity["keys"],
             "identity_hash": identity["identity_hash"],
             "pair_id": identity["pair_id"],
+            "config": _portable(config),
             "world_size": ranks.world_size,
             "zero_stage": engine.stage,
             "versions": {"repa_scale": __version__, "torch": torch.__version__, "python": platform.python_version()},
@@ -79,6 +81,13 @@ def save_state(
         publish(temporary, final)
     ranks.barrier()
     return final
+
+
+def _portable(config: Config) -> dict:
+    """What another machine needs to use the weights: not where the run lay, nor whom it reported to."""
+    whole = asdict(config)
+    whole["data"].pop("path")
+    return {key: value for key, value in whole.items() if key not in ("run", "tracking", "deepspeed")}
 
 
 def load_state(engine: Engine, ema: ShardEma, reader: CheckpointReader) -> None:

@@ -170,7 +170,7 @@ class Trainer:
         return sums, outcome
 
     def record(self, step: int, losses: dict[str, Tensor], outcome: Outcome, batch: Batch) -> bool:
-        """Reduces the step's numbers over the ranks and writes its row when due. Returns whether anyone asks to stop."""
+        """Reduces the step's numbers over the ranks, writes its row when due. Returns whether anyone asks to stop."""
         names = sorted(losses)
         means, batch_fingerprint, stop = reduce_step(
             self.ranks, [losses[name] for name in names], fingerprint(batch.ids), self.stop.asked
@@ -207,16 +207,17 @@ class Trainer:
         )
         log.info(
             "step %d/%d  loss %.4f  denoising %.4f  grad norm %.3f  %.1f images/s",
-            step, self.config.train.steps, row["loss"], row["denoising_loss"], row["grad_norm"], row["images_per_second"],
-        )  # fmt: skip
+            step,
+            self.config.train.steps,
+            *(row[key] for key in ("loss", "denoising_loss", "grad_norm", "images_per_second")),
+        )
         return stop
 
     def save(self, step: int) -> None:
         """Writes the checkpoint of this step."""
         folder = self.checkpoints
         attempt = self.ranks.broadcast_object(self.run.attempt if self.run else None)
-        samples = step * self.config.train.global_batch
-        final = save_state(self.engine, self.ema, self.ranks, folder, step, samples, self.identity, attempt)
+        final = save_state(self.engine, self.ema, self.ranks, folder, step, self.config, self.identity, attempt)
         log.info("saved %s", final)
 
     def sample(self, step: int) -> None:
