@@ -71,9 +71,8 @@ def main(argv: list[str]) -> int:
             "rounding": "round((x + 1) / 2 * 255)",
         }
         _write(Path(args.out), images.permute(0, 2, 3, 1).numpy(), labels.numpy(), made_by)
-        print(
-            f"{settings.count} samples of {trained.facts['source']} at step {trained.facts['step']}: {args.out}/grid.png"
-        )
+        source, step = trained.facts["source"], trained.facts["step"]
+        print(f"{settings.count} samples of {source} at step {step}: {args.out}/grid.png")
     ranks.barrier()
     ranks.leave()
     return ExitCode.COMPLETED

@@ -1,0 +1,41 @@
+# What people type here. `make help` lists it.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The extra index that serves CPU builds of torch, where one is wanted: TORCH_INDEX=https://... make setup
+TORCH_INDEX ?=
+DEMO_SOURCE ?= digits
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench gpu docs clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 10
+
+setup: $(VENV)/.ready  ## a virtual environment with everything (PYTHON=python3.12 chooses the interpreter)
+
+$(VENV)/.ready: pyproject.toml constraints.txt launchers/local/setup.sh
+	PYTHON=$(PYTHON) VENV=$(VENV) TORCH_INDEX=$(TORCH_INDEX) launchers/local/setup.sh
+	touch $@
+
+demo: setup  ## the main job on real data: two runs, samples, a comparison, an export (DEMO_SOURCE=folder/of/images)
+	PATH=$(abspath $(BIN)):$$PATH launchers/local/demo.sh $(DEMO_SOURCE)
+
+test: setup  ## the tests
+	$(BIN)/python -m pytest
+
+lint: setup  ## format and lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+bench: setup  ## every benchmark that runs without a GPU; rows go to benchmarks/results
+	for script in rng loader step_overhead zero_memory; do $(BIN)/python -m benchmarks.$$script || exit 1; done
+
+gpu:  ## every GPU test and benchmark, in pieces of under 10 minutes, with torch, timm, triton and DeepSpeed alone
+	benchmarks/gpu.sh all
+
+docs: setup  ## checks that every command and key in the docs is true
+	$(BIN)/python -m pytest tests/test_docs.py
+
+clean:  ## removes what the other targets made, but not runs/
+	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Makes the virtual environment of a checkout with everything in it, at the versions of constraints.txt.
+#
+#   PYTHON=python3.12 VENV=.venv launchers/local/setup.sh
+#
+# TORCH_INDEX may name an index of CPU or other CUDA builds of torch.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+python=${PYTHON:-python3}
+venv=${VENV:-.venv}
+
+if ! "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))'; then
+    echo "setup: $python is $("$python" -V); repa_scale needs Python 3.10 to 3.13. Choose one: make setup PYTHON=python3.12" >&2
+    exit 64
+fi
+"$python" -m venv "$venv"
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check install --quiet -c constraints.txt "$@"; }
+pip --upgrade 'pip>=25' 'setuptools>=77,<81' wheel ninja packaging py-cpuinfo
+
+# torch first and alone, because DeepSpeed's set-up imports it. torchvision without its dependencies: its package asks
+# for a CUDA build of torch even where a CPU build is installed.
+pip ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} torch numpy
+pip --no-deps torchvision
+# DeepSpeed is pure Python here: its compiled operators are built on the machines that use them.
+DS_BUILD_OPS=0 DS_ACCELERATOR=$("$venv/bin/python" -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")') \
+    pip --no-build-isolation --no-deps deepspeed
+pip --prefer-binary -e '.[all,dev]'
