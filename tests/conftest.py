@@ -30,3 +30,13 @@ def data_folder() -> Path:
     if not folder.is_dir():
         pytest.skip(f"{folder} is absent: it holds real images that the repository may not bring")
     return folder
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory) -> Path:
+    """The scikit-learn digits as a prepared data set."""
+    from repa_scale.prepare import main
+
+    folder = tmp_path_factory.mktemp("data") / "digits"
+    assert main(["digits", "--out", str(folder), "--size", "8"]) == 0
+    return folder
