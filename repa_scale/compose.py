@@ -203,7 +203,8 @@ def _value(key: str, text: str) -> Any:
         (value,) = omegaconf.OmegaConf.to_container(omegaconf.OmegaConf.from_dotlist([f"value={text}"])).values()
     except Exception as error:
         raise ConfigError(f"{key}={text}: not a YAML value ({_first_line(error)}); put it in quotes") from None
-    return "" if text == "" else value
+    is_text = known_keys().get(key) is str  # no term's text looks like a number
+    return text if text == "" or (is_text and isinstance(value, (bool, int, float))) else value
 
 
 # The tree of values (an OmegaConf of `Config`, which checks the types).
