@@ -1,4 +1,4 @@
-"""Puts ds_config.json, which stands at the repository's root for people, into the wheel as repa_scale/configs/ds_config.json.
+"""Puts ds_config.json, which stands at the repository's root, into the wheel as repa_scale/configs/ds_config.json.
 
 Everything else about the package is in pyproject.toml. An editable install copies nothing: there
 repa_scale/deepspeed_config.py reads the file at the root.

@@ -21,10 +21,10 @@ def main(argv: list[str] | None = None) -> int:
     from repa_scale.compose import compose, print_requested
 
     argv = sys.argv[1:] if argv is None else argv
-    if print_requested(argv):
-        return ExitCode.COMPLETED
-    _log_to_console()
     try:
+        if print_requested(argv):
+            return ExitCode.COMPLETED
+        _log_to_console()
         return int(run(compose(argv)))
     except UserError as error:
         if int(os.environ.get("RANK", 0)) == 0:  # the others found the same

@@ -158,9 +158,9 @@ def _check_encoder_grid(config: Config, key: str, term: TermConfig) -> None:
     pixels = (rows * spec.stride, columns * spec.stride)
     if spec.min_input and min(pixels) < spec.min_input:
         raise ConfigError(
-            f"{key}.encoder={term.encoder} needs images of at least {spec.min_input} px, but the {rows} x {columns} tokens "
-            f"of model.name={config.model.name} at data.image_size={config.data.image_size} give it {pixels[0]} px; "
-            f"use a smaller patch or another encoder"
+            f"{key}.encoder={term.encoder} needs images of at least {spec.min_input} px, but the {rows} x {columns} "
+            f"tokens of model.name={config.model.name} at data.image_size={config.data.image_size} give it "
+            f"{pixels[0]} px; use a smaller patch or another encoder"
         )
 
 
