@@ -84,7 +84,7 @@ def test_the_other_zero_stages(words, undisturbed, tmp_path, stage):
     """Stage 1 and 2 give stage 3's numbers, and take up its checkpoint."""
     import repa_scale.deepspeed_config as deepspeed_config
 
-    settings = json.loads(deepspeed_config.default_file().read_text())
+    settings = json.loads(deepspeed_config.packaged_file().read_text())
     settings["zero_optimization"]["stage"] = stage
     file = tmp_path / "ds.json"
     file.write_text(json.dumps(settings))

@@ -66,7 +66,7 @@ class SiT(nn.Module):
             (N, C, H, W) velocity in the weights' dtype, and {depth: (N, T, D)}.
         """
         dtype = self.x_embedder.proj.weight.dtype
-        tokens = self.x_embedder(x.to(dtype)) + self.pos_embed
+        tokens = self.x_embedder(x.to(dtype)) + self.pos_embed.to(dtype)
         c = self.t_embedder(t, dtype) + self.y_embedder(labels)
         hidden = {}
         for number, block in enumerate(self.blocks, start=1):
