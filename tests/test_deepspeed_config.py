@@ -131,3 +131,30 @@ def test_the_wheel_brings_the_file(tmp_path):
     built = tmp_path / "lib" / "repa_scale" / "configs"
     assert (built / "ds_config.json").read_bytes() == (ROOT / "ds_config.json").read_bytes()
     assert (built / "experiment" / "demo_repa.yaml").is_file()
+
+
+def test_bf16_accumulation_costs_what_the_documentation_says():
+    """Eight micro batches: some 0.3 % of the gradient (docs/configuration.md); this is why the default is fp32."""
+    import torch
+
+    from repa_scale.models import build_sit
+
+    generator = torch.Generator().manual_seed(0)
+    model = build_sit(compose(["model.name=SiT-Nano/1", "data.image_size=8", "latents.name=identity"]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    model = model.to(torch.bfloat16)
+    parameters = list(model.parameters())
+    exact = [torch.zeros(p.shape) for p in parameters]
+    rough = [torch.zeros(p.shape, dtype=torch.bfloat16) for p in parameters]
+    for _ in range(8):
+        x, target = torch.randn(2, 4, 3, 8, 8, generator=generator)
+        velocity, _ = model(x.bfloat16(), torch.rand(4, generator=generator), torch.arange(4))
+        gradients = torch.autograd.grad((velocity.float() - target).square().mean(), parameters)
+        for a, b, gradient in zip(exact, rough, gradients, strict=True):
+            a += gradient.float()
+            b += gradient
+    difference = sum((a - b.float()).square().sum() for a, b in zip(exact, rough, strict=True))
+    error = float((difference / sum(a.square().sum() for a in exact)).sqrt())
+    assert 0.001 < error < 0.008
