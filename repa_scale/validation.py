@@ -152,15 +152,12 @@ def _check_term(config: Config, name: str, term: TermConfig) -> None:
 
 
 def _check_encoder_grid(config: Config, key: str, term: TermConfig) -> None:
-    """A feature map and a ViT alike must give one token for each patch of the latent."""
-    spec = ENCODERS[term.encoder]
+    """The encoder's input follows from the token grid, so that it gives one token for each patch of the latent."""
     rows, columns = token_grid(config.data.image_size, config.latents.name, config.model.name)
-    pixels = (rows * spec.stride, columns * spec.stride)
-    if spec.min_input and min(pixels) < spec.min_input:
+    if term.normalize == "spatial" and rows * columns < 2:
         raise ConfigError(
-            f"{key}.encoder={term.encoder} needs images of at least {spec.min_input} px, but the {rows} x {columns} "
-            f"tokens of model.name={config.model.name} at data.image_size={config.data.image_size} give it "
-            f"{pixels[0]} px; use a smaller patch or another encoder"
+            f"{key}.normalize=spatial needs at least 2 tokens, but model.name={config.model.name} has {rows * columns} "
+            f"at data.image_size={config.data.image_size}; use a smaller patch or {key}.normalize=none"
         )
 
 

@@ -1,0 +1,100 @@
+"""Latent spaces: a VAE of diffusers, frozen, or the pixels themselves. The table is sizes.LATENTS."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from repa_scale.config import Config
+from repa_scale.errors import UserError, require
+from repa_scale.sizes import LatentSpec, latent_spec
+
+RANDOM_SEED = 0  # of `latents.weights=random`, so that all ranks have the same VAE
+KL_SHAPE = {  # of Stable Diffusion's AutoencoderKL, for random weights
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 2,
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+}
+
+
+class Latents:
+    """Between images and what the transformer sees.
+
+    Args:
+        vae: AutoencoderKL or AutoencoderTiny; None: pixel space.
+    """
+
+    def __init__(self, spec: LatentSpec, vae: nn.Module | None, device: torch.device | str) -> None:
+        self.spec = spec
+        self.vae = vae.eval().requires_grad_(False) if vae is not None else None
+        self.scale, self.shift = (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (spec.scale, spec.shift))
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """(N, 3, S, S) uint8 -> the posterior: mean and standard deviation (N, 2C, h, w) fp32, or just (N, C, h, w).
+
+        A tiny VAE and pixel space have no posterior: they give the latent itself. Pixels lie in [-1, 1].
+        """
+        x = images.float() / 127.5 - 1.0
+        if self.vae is None:
+            return x
+        encoded = self.vae.encode(x.to(self.vae.dtype))
+        if self.spec.kind == "tiny":
+            return encoded.latents.float()
+        posterior = encoded.latent_dist
+        return torch.cat([posterior.mean, posterior.std], dim=1).float()
+
+    def draw(self, moments: Tensor, noise: Tensor) -> Tensor:
+        """A clean latent x0 = (mean + std * noise - shift) * scale. noise: (N, C, h, w) normal."""
+        if moments.shape[1] == 2 * self.spec.channels:
+            mean, std = moments.chunk(2, dim=1)
+            moments = mean + std * noise
+        return (moments - self.shift) * self.scale
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """(N, C, h, w) latents x0 -> (N, 3, S, S) uint8, rounded as round((x + 1) / 2 * 255)."""
+        x = latents.float() / self.scale + self.shift
+        if self.vae is not None:
+            x = self.vae.decode(x.to(self.vae.dtype)).sample.float()
+        return ((x + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def build_latents(config: Config, device: torch.device | str, dtype: torch.dtype) -> Latents:
+    """The latent space of a configuration, on `device`.
+
+    Raises:
+        ConfigError: unknown name.
+        UserError: the weights cannot be had.
+    """
+    spec = latent_spec(config.latents.name)
+    if spec.kind == "identity":
+        return Latents(spec, None, device)
+    diffusers = require("diffusers", "train")
+    kind = diffusers.AutoencoderKL if spec.kind == "kl" else diffusers.AutoencoderTiny
+    weights = config.latents.weights
+    if weights == "random":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(RANDOM_SEED)
+            vae = kind(**KL_SHAPE) if spec.kind == "kl" else kind()
+    else:
+        vae = _load(kind, spec.source if weights == "hub" else weights, config.latents.name)
+    return Latents(spec, vae.to(device=device, dtype=dtype), device)
+
+
+def _load(kind, source: str, name: str) -> nn.Module:
+    local = Path(source).is_dir()
+    try:
+        return kind.from_pretrained(source, local_files_only=local)
+    except Exception as error:  # each of the hub's libraries raises its own
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"the weights of latents.name={name} cannot be read from {source}: {reason[:200]}; "
+            "give a local folder of diffusers' layout (latents.weights=folder)"
+        ) from None
