@@ -87,7 +87,7 @@ def _read_real(path: str, limit: int) -> tuple[np.ndarray, np.ndarray]:
             f"this set has {len(dataset.class_names)} classes and {dataset.image_size} pixels"
         )
     chosen = permutation(0, "evaluated images", 0, dataset.count)[:limit].tolist()
-    rows = [dataset[i] for i in chosen]
+    rows = [dataset.reader[i] for i in chosen]
     return np.stack([decode(row["image"]) for row in rows]), np.array([row["label"] for row in rows])
 
 

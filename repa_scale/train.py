@@ -49,8 +49,8 @@ def run(config) -> ExitCode:
     validate(config, ranks.world_size)
     from repa_scale.data.batches import check_dataset, open_dataset
 
-    dataset = open_dataset(config.data.path)
-    check_dataset(dataset, config)
+    dataset = open_dataset(config.data.path, verify=config.data.verify)
+    check_dataset(dataset, config.model.num_classes, config.data.image_size, config.train.global_batch)
     identity = run_identity(config, dataset.fingerprint)
     ranks.start()
     if len(set(ranks.gather_objects(identity["identity_hash"]))) > 1:

@@ -88,7 +88,9 @@ def open_dataset(path: str | Path, verify: bool = True) -> DataSet:
     if hashlib.sha256((folder / "index.json").read_bytes()).hexdigest() != manifest["index_sha256"]:
         raise DataError(f"{folder / 'index.json'} is not the index that dataset.json was made with; prepare it again")
     if len(reader) != manifest["count"]:
-        raise DataError(f"{folder}: the index lists {len(reader)} samples, dataset.json {manifest['count']}; prepare again")
+        raise DataError(
+            f"{folder}: the index lists {len(reader)} samples, dataset.json {manifest['count']}; prepare again"
+        )
     if data_fingerprint(manifest["recipe"], manifest["class_names"], shards) != manifest["fingerprint"]:
         raise DataError(f"{folder}: the fingerprint in dataset.json does not fit the index; prepare the set again")
     dataset = DataSet(folder, manifest, reader)

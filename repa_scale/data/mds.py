@@ -152,7 +152,7 @@ class MdsReader:
 class _OpenShard:
     """An open shard file and where its samples lie.
 
-    The layout of a file: number of samples, samples + 1 offsets (all uint32), a copy of the configuration, the samples. A
+        return DataError(f"{self.path} is damaged: {what}; see repa-scale prepare --check {self.path.parent}")
     sample: the sizes of its columns of varying size (uint32), then the columns.
     """
 
@@ -194,7 +194,9 @@ class _OpenShard:
         return values
 
     def _damaged(self, what: str) -> DataError:
-        return DataError(f"{self.path} is damaged: {what}; check the set with: repa-scale prepare --check {self.path.parent}")
+        return DataError(
+            f"{self.path} is damaged: {what}; check the set with: repa-scale prepare --check {self.path.parent}"
+        )
 
 
 def open_shard(folder: Path, shard: Shard) -> int:
@@ -222,7 +224,9 @@ def verify_shard(folder: Path, shard: Shard) -> None:
     """
     known = [name for name in shard.hashes if name in hashlib.algorithms_available]
     if not known:
-        raise DataError(f"{folder / shard.basename} has no hash in the index that can be checked; prepare the set again")
+        raise DataError(
+            f"{folder / shard.basename} has no hash in the index that can be checked; prepare the set again"
+        )
     file = open_shard(folder, shard)
     try:
         digests = {name: hashlib.new(name) for name in known}

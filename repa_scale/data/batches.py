@@ -1,0 +1,185 @@
+"""What the trainer sees of the data: one batch a step of this rank's samples, decoded in worker processes, in order.
+
+Position g = (step - 1) * global_batch + i of the endless global sequence belongs to rank i // share. A position's
+sample follows from order.py, so ranks, workers and resumes change nothing.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, SequentialSampler
+
+from repa_scale.data.dataset import DataSet, check_dataset, open_dataset
+from repa_scale.data.order import sample_at
+from repa_scale.errors import DataError
+
+__all__ = ["Batch", "Batches", "DataSet", "check_dataset", "decode", "open_dataset"]
+
+PREFETCH = 4  # batches that each worker makes ahead
+PATIENCE = 600.0  # seconds without a batch after which the loader is taken for dead
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one step on one rank.
+
+    Attributes:
+        images: (N, 3, S, S) uint8.
+        labels: (N,) int64.
+        ids: (N,) int64, read with the images: what the batch fingerprint is made of.
+        index: (N,) int64, positions in the global sequence: what the random numbers depend on.
+    """
+
+    images: Tensor
+    labels: Tensor
+    ids: Tensor
+    index: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device | str) -> Batch:
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        return self._each(Tensor.pin_memory)
+
+    def split(self, size: int | None) -> list[Batch]:
+        """Micro batches of `size` samples; None: the whole."""
+        parts = zip(*(tensor.split(size or len(self)) for tensor in self._tensors()), strict=True)
+        return [Batch(*part) for part in parts]
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.images, self.labels, self.ids, self.index
+
+    def _each(self, change) -> Batch:
+        return Batch(*(change(tensor) for tensor in self._tensors()))
+
+
+class Batches:
+    """This rank's batches, step by step, without end.
+
+    Args:
+        workers: processes that read and decode; 0: this process.
+        start_step: steps already done.
+    """
+
+    def __init__(
+        self, dataset: DataSet, *, seed: int, global_batch: int, rank: int, world: int, workers: int, start_step: int
+    ) -> None:
+        self._steps = _Steps(dataset, seed, global_batch, rank, world)
+        self._start = start_step
+        self._workers = workers
+        self._stream: Iterator | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Raises `DataError` for a damaged sample, and where no batch comes for a long time."""
+        loader = DataLoader(
+            self._steps,
+            sampler=_Onwards(self._start),
+            batch_size=None,
+            num_workers=self._workers,
+            prefetch_factor=PREFETCH if self._workers else None,
+            timeout=PATIENCE if self._workers else 0,
+            multiprocessing_context="fork" if self._workers else None,
+            pin_memory=torch.cuda.is_available(),
+        )
+        self._stream = iter(loader)
+        while True:
+            try:
+                batch = next(self._stream)
+            except RuntimeError as error:
+                if "timed out" not in str(error):
+                    raise
+                raise DataError(
+                    f"{self._steps.dataset.path}: no batch came for {PATIENCE:.0f} s; is its disk still there?"
+                ) from None
+            if isinstance(batch, _Failure):
+                raise DataError(batch.reason)
+            yield batch
+
+    def close(self) -> None:
+        """Ends the workers."""
+        shut_down = getattr(self._stream, "_shutdown_workers", None)
+        if shut_down is not None:
+            shut_down()
+        self._stream = None
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An error as a value: DataLoader would wrap an exception of a worker into many lines."""
+
+    reason: str
+
+    def pin_memory(self) -> _Failure:
+        return self
+
+
+class _Steps(Dataset):
+    """`[step]`, counted from 0 -> the batch of this rank."""
+
+    def __init__(self, dataset: DataSet, seed: int, global_batch: int, rank: int, world: int) -> None:
+        self.dataset, self.seed, self.global_batch = dataset, seed, global_batch
+        self.share = global_batch // world
+        self.offset = rank * self.share
+
+    def __getitem__(self, step: int) -> Batch | _Failure:
+        first = step * self.global_batch + self.offset
+        index = torch.arange(first, first + self.share)
+        numbers = sample_at(index, self.dataset.count, self.seed, self.dataset.fingerprint)
+        try:
+            return self._read(numbers.tolist(), index)
+        except DataError as error:
+            return _Failure(str(error))
+
+    def _read(self, numbers: list[int], index: Tensor) -> Batch:
+        size = self.dataset.image_size
+        images = np.empty((len(numbers), size, size, 3), np.uint8)
+        labels, ids = (torch.empty(len(numbers), dtype=torch.int64) for _ in range(2))
+        for i, number in enumerate(numbers):
+            row = self.dataset.reader[number]
+            image = decode(row["image"], f"{self.dataset.path}: sample {number} ({row['name']})")
+            if image.shape != (size, size, 3):
+                raise DataError(f"{self.dataset.path}: sample {number} is {image.shape}, not {size} x {size} pixels")
+            images[i], labels[i], ids[i] = image, row["label"], row["id"]
+        return Batch(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels, ids, index)
+
+
+class _Onwards(SequentialSampler):
+    """start, start + 1, ... without end."""
+
+    def __init__(self, start: int) -> None:
+        self.start = start
+
+    def __iter__(self) -> Iterator[int]:
+        step = self.start
+        while True:
+            yield step
+            step += 1
+
+    def __len__(self) -> int:
+        return 2**62
+
+
+def decode(data: bytes, name: str = "image") -> np.ndarray:
+    """PNG or JPEG bytes -> (H, W, 3) uint8.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data)) as image:
+                return np.asarray(image.convert("RGB") if image.mode != "RGB" else image)
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"{name} cannot be decoded ({error}); check the set with: repa-scale prepare --check") from None
