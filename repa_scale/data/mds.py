@@ -152,8 +152,8 @@ class MdsReader:
 class _OpenShard:
     """An open shard file and where its samples lie.
 
-        return DataError(f"{self.path} is damaged: {what}; see repa-scale prepare --check {self.path.parent}")
-    sample: the sizes of its columns of varying size (uint32), then the columns.
+    The layout of a file: number of samples, samples + 1 offsets (all uint32), a copy of the configuration, the samples.
+    A sample: the sizes of its columns of varying size (uint32), then the columns.
     """
 
     def __init__(self, folder: Path, shard: Shard) -> None:
