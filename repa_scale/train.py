@@ -55,6 +55,7 @@ def run(config) -> ExitCode:
     ranks.start()
     if len(set(ranks.gather_objects(identity["identity_hash"]))) > 1:
         raise ConfigError("the ranks have different configurations or data; start them all with the same arguments")
+    _verify(dataset, ranks)
     folder = _join(config, ranks, identity, resolved_yaml(config))
     from repa_scale.run_folder import log_to_folder
 
@@ -67,14 +68,31 @@ def run(config) -> ExitCode:
     from repa_scale.tracking import open_tracker
     from repa_scale.trainer import Trainer
 
+    tracker = None
     try:
-        tags = run_tags(config, ranks, identity, dataset) if ranks.is_main else {}
-        tracker = open_tracker(config, Path(config.run.dir), tags, dataset) if ranks.is_main else None
+        if ranks.is_main:
+            tracker = open_tracker(config, Path(config.run.dir), run_tags(config, ranks, identity, dataset), dataset)
         return Trainer(config, ranks, dataset, folder, tracker, identity).train()
     except BaseException as error:
         if folder is not None:
             folder.fail(f"{type(error).__name__}: {error}")
+        if tracker is not None:
+            tracker.finish("failed")
         raise
+
+
+def _verify(dataset, ranks) -> None:
+    """The ranks of a node share the checking of the shards' hashes; what one finds, all raise."""
+    problem = None
+    if not dataset.verified:
+        node = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or ranks.world_size)
+        try:
+            dataset.verify(ranks.local_rank % node, node)
+        except UserError as error:
+            problem = error
+    for found in ranks.gather_objects(problem):
+        if found is not None:
+            raise found
 
 
 def run_identity(config, data_fingerprint: str) -> dict:

@@ -76,6 +76,16 @@ class Trainer:
             compile=config.train.compile,
             checkpointing=config.train.activation_checkpointing,
         )
+        log.info(
+            "%s: %.1f M parameters under ZeRO stage %d on %d ranks, %.1f %% of the weights in shards, %s on %s",
+            config.model.name,
+            parameters / 1e6,
+            self.engine.stage,
+            ranks.world_size,
+            100 * self.engine.partitioned_share(),
+            config.train.precision,
+            ranks.device.type,
+        )
         self.engine.module.clock = self.clock
         self.ema = ShardEma([shard.master for shard in self.engine.shards], config.ema.decay)
         self.terms = self.engine.module.terms

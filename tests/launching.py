@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 from repa_scale.run_folder import read_metrics, read_status
@@ -35,12 +35,22 @@ SMALL = (
 )
 
 
+STARTED: list[Launch] = []
+
+
+def end_all() -> None:
+    """Kills whatever a test left running."""
+    while STARTED:
+        STARTED.pop().kill()
+
+
 class Launch:
     """One start of a run: alone, under `deepspeed` or under `torchrun`."""
 
     def __init__(
-        self, words: list[str], run: Path, processes: int = 2, launcher: str = "deepspeed", **environment: str
-    ):
+        self, words: list[str], run: Path, processes: int = 2, launcher: str = "torchrun", **environment: str
+    ) -> None:
+        STARTED.append(self)
         self.run = run
         words = [*words, f"run.dir={run}"]
         module = "repa_scale.train"
@@ -86,29 +96,26 @@ class Launch:
             time.sleep(0.005)
 
     def ranks(self) -> list[int]:
-        """Process ids of the training processes, in the order of the ranks."""
+        """Process ids of the training processes, in the order of the ranks. torchrun gives each a session of its own."""
         found = {}
-        for status in Path("/proc").glob("[0-9]*/environ"):
+        for folder in Path("/proc").glob("[0-9]*"):
             try:
-                words = (status.parent / "cmdline").read_bytes().split(b"\0")
-                variables = dict(v.split(b"=", 1) for v in status.read_bytes().split(b"\0") if b"=" in v)
-                same_session = os.getsid(int(status.parent.name)) == self.process.pid
-            except (OSError, ValueError):
+                words = (folder / "cmdline").read_bytes().split(b"\0")
+                environment = (folder / "environ").read_bytes().split(b"\0")
+            except OSError:
                 continue
-            is_rank = b"repa_scale.train" in words and b"RANK" in variables
-            launching = any(
-                word.endswith((b"/deepspeed", b"/torchrun")) or b"deepspeed.launcher" in word for word in words
-            )
-            if same_session and is_rank and not launching:
-                found[int(variables[b"RANK"])] = int(status.parent.name)
+            variables = dict(entry.split(b"=", 1) for entry in environment if b"=" in entry)
+            if f"run.dir={self.run}".encode() in words and b"RANK" in variables:
+                found.setdefault(int(variables[b"RANK"]), int(folder.name))
         return [found[rank] for rank in sorted(found)]
 
     def kill(self) -> None:
         """SIGKILL to every process of this start."""
-        try:
+        for rank in self.ranks():
+            with suppress(ProcessLookupError):
+                os.kill(rank, signal.SIGKILL)
+        with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
 
     def text(self) -> str:
@@ -117,7 +124,7 @@ class Launch:
 
 
 def train(
-    words: list[str], run: Path, processes: int = 2, launcher: str = "deepspeed", **environment: str
+    words: list[str], run: Path, processes: int = 2, launcher: str = "torchrun", **environment: str
 ) -> list[dict]:
     """Runs to the end and returns the metrics."""
     return Launch(words, run, processes, launcher, **environment).succeed()

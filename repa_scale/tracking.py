@@ -1,0 +1,278 @@
+"""Mirrors a run to MLflow from a thread of its own. The only room that writes to MLflow.
+
+What is sent is read back from the run folder: metrics.jsonl from the byte where the last sending ended, and pictures.
+So a server that is away costs training nothing, nothing is lost while it is away, and what is left over is sent later or
+by the next start. Sending twice is harmless: MLflow keeps equal points once.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import math
+import os
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from repa_scale.checkpoint import write_atomically
+from repa_scale.config import Config
+from repa_scale.errors import UserError
+from repa_scale.run_folder import read_status
+
+STATUS = {"completed": "FINISHED", "preempted": "KILLED", "failed": "FAILED", "diverged": "FAILED"}
+CURSOR = "mlflow.json"
+RETRY_SECONDS = (2.0, 60.0)  # first and longest wait after a failure
+FINISH_SECONDS = 30.0  # how long the end of a run waits for the last sending
+POINTS = 900  # metrics in one call; MLflow takes 1000
+NOT_METRICS = ("step", "time")
+
+log = logging.getLogger("repa_scale")
+
+
+class Tracker:
+    """Tracking that is off."""
+
+    def log(self, step: int, metrics: dict[str, float], time: float) -> None:
+        """A row was written to metrics.jsonl. Returns at once."""
+
+    def log_artifact(self, path: Path, folder: str) -> None:
+        """A file of the run is to be seen in MLflow under `folder`. Returns at once."""
+
+    def finish(self, state: str) -> None:
+        """Sends what is left, for at most FINISH_SECONDS, and closes the MLflow run as `state` of status.json."""
+
+
+def open_tracker(config: Config, run_dir: Path, tags: dict[str, str], dataset: Any) -> Tracker:
+    """The tracker that `tracking.uri` asks for. Reaching the server is left to its thread.
+
+    Args:
+        tags: of the MLflow run.
+        dataset: repa_scale.data.dataset.DataSet, for the dataset input.
+
+    Raises:
+        UserError: MLflow is not installed.
+    """
+    if config.tracking.uri in ("", "none"):
+        return Tracker()
+    if importlib.util.find_spec("mlflow") is None:
+        raise UserError(
+            "mlflow is not installed; install it with: pip install 'repa-scale[track]', or tracking.uri=none"
+        )
+    return MlflowTracker(config, run_dir, tags, dataset)
+
+
+class MlflowTracker(Tracker):
+    """See the head of this file."""
+
+    def __init__(self, config: Config, run_dir: Path, tags: dict[str, str], dataset: Any) -> None:
+        self.config, self.run_dir, self.tags, self.dataset = config, run_dir, tags, dataset
+        self._artifacts: list[tuple[Path, str]] = [(run_dir / "config.yaml", "")]
+        self._artifacts += [(path, "samples") for path in sorted((run_dir / "samples").glob("*.png"))]
+        self._cursor: dict[str, Any] = {}
+        self._client: Any = None
+        self._wake, self._drained = threading.Event(), threading.Event()
+        self._final: str | None = None
+        self._warned = False
+        self._thread = threading.Thread(target=self._send_for_ever, name="tracking", daemon=True)
+        self._thread.start()
+
+    def log(self, step: int, metrics: dict[str, float], time: float) -> None:
+        self._wake.set()
+
+    def log_artifact(self, path: Path, folder: str) -> None:
+        self._artifacts.append((path, folder))
+        self._wake.set()
+
+    def finish(self, state: str) -> None:
+        self._final = state
+        self._wake.set()
+        if not self._drained.wait(FINISH_SECONDS):
+            log.warning(
+                "tracking: %s did not take everything in %.0f s; nothing is lost: %s holds it, and the next start of "
+                "this run sends it",
+                self.config.tracking.uri,
+                FINISH_SECONDS,
+                self.run_dir,
+            )
+
+    # Below: the thread.
+
+    def _send_for_ever(self) -> None:
+        pause = RETRY_SECONDS[0]
+        while not self._drained.is_set():
+            final = self._final  # read before sending, so that the last rows are sent before the run is closed
+            self._wake.clear()
+            try:
+                if self._client is None:
+                    self._client = self._connect()
+                self._send_metrics()
+                self._send_artifacts()
+                if final is not None:
+                    self._client.set_terminated(self._cursor["run_id"], STATUS[final])
+                    self._drained.set()
+                    return
+                pause = RETRY_SECONDS[0]
+                self._wake.wait()
+            except Exception as error:  # MLflow, requests and SQLAlchemy raise many kinds; none may reach training
+                if not self._warned:
+                    self._warned = True
+                    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                    log.warning(
+                        "tracking: %s: %s; training goes on, and sends it later", self.config.tracking.uri, reason
+                    )
+                time.sleep(pause)
+                pause = min(2 * pause, RETRY_SECONDS[1])
+
+    def _connect(self) -> Any:
+        """Opens the store and the run: the one in RUN/mlflow.json if the store has it, else a new one."""
+        # One attempt of a few seconds: this thread has its own patience. Who sets these variables is obeyed.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        for name in ("mlflow", "alembic"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        from mlflow import MlflowClient
+
+        client = MlflowClient(tracking_uri=self.config.tracking.uri)
+        self._cursor = self._read_cursor(client) or self._create_run(client)
+        self._describe(client)
+        return client
+
+    def _read_cursor(self, client: Any) -> dict[str, Any] | None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            cursor = json.loads((self.run_dir / CURSOR).read_text())
+            if cursor["uri"] != self.config.tracking.uri:
+                return None
+            cursor["sent_bytes"], cursor["sent_files"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        try:
+            client.update_run(cursor["run_id"], status="RUNNING")
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
+        return cursor
+
+    def _create_run(self, client: Any) -> dict[str, Any]:
+        name = self.config.tracking.experiment
+        experiment = client.get_experiment_by_name(name)
+        identifier = (
+            experiment.experiment_id if experiment else client.create_experiment(name, _artifacts_of(self.config))
+        )
+        label = f"{self.config.run.name}-seed{self.config.seed}"
+        run = client.create_run(identifier, run_name=label)
+        cursor = {
+            "uri": self.config.tracking.uri,
+            "experiment_id": identifier,
+            "run_id": run.info.run_id,
+            "sent_bytes": 0,
+            "sent_files": [],
+        }
+        self._save(cursor)
+        return cursor
+
+    def _describe(self, client: Any) -> None:
+        """Parameters once, tags as they are now, and keys that a later start changed as tags `attempt_N.key`."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
+
+        run_id = self._cursor["run_id"]
+        known = client.get_run(run_id)
+        ours = {key: str(value)[:6000] for key, value in flatten(asdict(self.config)).items()}
+        attempt = read_status(self.run_dir).get("attempt", 1)
+        tags = dict(self.tags)
+        tags |= {
+            f"attempt_{attempt}.{key}": value
+            for key, value in ours.items()
+            if key in known.data.params and known.data.params[key] != value
+        }
+        params = [Param(key, value) for key, value in ours.items() if key not in known.data.params]
+        for i in range(0, len(params), 100):
+            client.log_batch(run_id, params=params[i : i + 100])
+        client.log_batch(run_id, tags=[RunTag(key, str(value)[:5000]) for key, value in tags.items()])
+        if not known.inputs or not known.inputs.dataset_inputs:
+            data = self.dataset
+            profile = {"images": data.count, "classes": len(data.class_names), "image_size": data.image_size}
+            described = Dataset(
+                name=data.name,
+                digest=data.fingerprint[:32],
+                source_type="local",
+                source=json.dumps({"path": str(Path(data.path).absolute())}),
+                profile=json.dumps(profile),
+            )
+            client.log_inputs(run_id, [DatasetInput(described, [InputTag("mlflow.data.context", "training")])])
+
+    def _send_metrics(self) -> None:
+        """Rows of metrics.jsonl that were not sent yet, with their own times, many in a call."""
+        from mlflow.entities import Metric
+
+        file = self.run_dir / "metrics.jsonl"
+        if not file.exists():
+            return
+        with file.open("rb") as stream:
+            stream.seek(self._cursor["sent_bytes"])
+            data = stream.read()
+        whole = data[: data.rfind(b"\n") + 1]  # the last line may be half written
+        points: list[Metric] = []
+        sent = self._cursor["sent_bytes"]
+        for line in whole.splitlines(keepends=True):
+            row = json.loads(line)
+            stamp = int(row["time"] * 1000)
+            points += [Metric(key, value, stamp, row["step"]) for key, value in numbers(row).items()]
+            sent += len(line)
+            if len(points) > POINTS - 100:
+                self._flush(points, sent)
+                points = []
+        if points:
+            self._flush(points, sent)
+
+    def _flush(self, points: list, sent: int) -> None:
+        self._client.log_batch(self._cursor["run_id"], metrics=points)
+        self._cursor["sent_bytes"] = sent
+        self._save(self._cursor)
+
+    def _send_artifacts(self) -> None:
+        while self._artifacts:
+            path, folder = self._artifacts[0]
+            key = f"{folder}/{path.name}:{path.stat().st_mtime_ns}" if path.exists() else None
+            if key is not None and key not in self._cursor["sent_files"]:
+                self._client.log_artifact(self._cursor["run_id"], str(path), folder or None)
+                self._cursor["sent_files"].append(key)
+                self._save(self._cursor)
+            self._artifacts.pop(0)
+
+    def _save(self, cursor: dict[str, Any]) -> None:
+        write_atomically(self.run_dir / CURSOR, json.dumps(cursor, indent=1))
+
+
+def numbers(row: dict[str, Any]) -> dict[str, float]:
+    """What MLflow can draw of a row of metrics.jsonl: finite numbers (it would turn inf into 1.8e308)."""
+    return {
+        key: float(value)
+        for key, value in row.items()
+        if key not in NOT_METRICS and isinstance(value, (int, float)) and math.isfinite(value)
+    }
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _artifacts_of(config: Config) -> str | None:
+    """Of an SQLite file: beside it. MLflow's default would be ./mlruns of whoever made the experiment."""
+    uri = config.tracking.uri
+    if not uri.startswith("sqlite:///"):
+        return None
+    return (Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts").as_uri()
