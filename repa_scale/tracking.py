@@ -1,8 +1,8 @@
 """Mirrors a run to MLflow from a thread of its own. The only room that writes to MLflow.
 
 What is sent is read back from the run folder: metrics.jsonl from the byte where the last sending ended, and pictures.
-So a server that is away costs training nothing, nothing is lost while it is away, and what is left over is sent later or
-by the next start. Sending twice is harmless: MLflow keeps equal points once.
+So a server that is away costs training nothing, and what it missed is sent later or by the next start. Sending twice is
+harmless: MLflow keeps equal points once.
 """
 
 from __future__ import annotations

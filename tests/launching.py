@@ -96,7 +96,7 @@ class Launch:
             time.sleep(0.005)
 
     def ranks(self) -> list[int]:
-        """Process ids of the training processes, in the order of the ranks. torchrun gives each a session of its own."""
+        """Process ids of the training processes, by rank; torchrun gives each a session of its own."""
         found = {}
         for folder in Path("/proc").glob("[0-9]*"):
             try:
