@@ -43,7 +43,7 @@ class Latents:
         """
         x = images.float() / 127.5 - 1.0
         if self.vae is None:
-            return x
+            return x.mean(dim=1, keepdim=True) if self.spec.channels == 1 else x
         encoded = self.vae.encode(x.to(self.vae.dtype))
         if self.spec.kind == "tiny":
             return encoded.latents.float()
@@ -63,7 +63,7 @@ class Latents:
         x = latents.float() / self.scale + self.shift
         if self.vae is not None:
             x = self.vae.decode(x.to(self.vae.dtype)).sample.float()
-        return ((x + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        return ((x.expand(-1, 3, -1, -1) + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def build_latents(config: Config, device: torch.device | str, dtype: torch.dtype) -> Latents:

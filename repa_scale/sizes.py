@@ -121,7 +121,7 @@ ENCODERS: dict[str, EncoderSpec] = {
 class LatentSpec:
     """A latent space: z = (encoded - shift) * scale, per channel or one value for all."""
 
-    kind: str  # kl | tiny | identity
+    kind: str  # kl | tiny | identity (the pixels, in [-1, 1]; with 1 channel their grey values)
     channels: int
     factor: int  # image pixels a latent pixel and axis
     source: str = ""  # hub id of the weights
@@ -134,6 +134,7 @@ LATENTS: dict[str, LatentSpec] = {
     "sd-vae-ft-ema": LatentSpec("kl", 4, 8, "stabilityai/sd-vae-ft-ema", (0.18215,)),
     "taesd": LatentSpec("tiny", 4, 8, "madebyollin/taesd"),
     "identity": LatentSpec("identity", 3, 1),
+    "identity-grey": LatentSpec("identity", 1, 1),
 }
 
 
