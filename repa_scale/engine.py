@@ -197,6 +197,11 @@ class Engine:
             if hasattr(scaler, key):
                 setattr(scaler, key, value)
 
+    @property
+    def parameters(self) -> int:
+        """Trained parameters, over all ranks."""
+        return sum(getattr(p, "ds_numel", p.numel()) for p in self.names.values())
+
     def partitioned_share(self) -> float:
         """Share of the elements whose weights are really cut up over the ranks (stage 3; 0 below it)."""
         if self.stage < 3:

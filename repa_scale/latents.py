@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from repa_scale import torchvision_fix
 from repa_scale.config import Config
 from repa_scale.errors import UserError, require
 from repa_scale.sizes import LatentSpec, latent_spec
@@ -76,6 +77,7 @@ def build_latents(config: Config, device: torch.device | str, dtype: torch.dtype
     spec = latent_spec(config.latents.name)
     if spec.kind == "identity":
         return Latents(spec, None, device)
+    torchvision_fix.ensure()  # diffusers imports transformers, which imports torchvision
     diffusers = require("diffusers", "train")
     kind = diffusers.AutoencoderKL if spec.kind == "kl" else diffusers.AutoencoderTiny
     weights = config.latents.weights

@@ -12,7 +12,7 @@ from repa_scale.data.batches import decode, open_dataset
 from repa_scale.data.dataset import DataSet
 from repa_scale.data.ingest import Recipe, ingest
 from repa_scale.data.manifest import MANIFEST
-from repa_scale.data.sources import open_source
+from repa_scale.data.sources import open_source, take
 from repa_scale.errors import ConfigError, DataError, ExitCode
 from repa_scale.pictures import save_sheet
 
@@ -35,9 +35,13 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"--quality {args.quality} must lie between 95 and 100: lower ones show in the samples")
     if args.workers < 1:
         raise ConfigError(f"--workers {args.workers} must be at least 1")
+    if args.limit is not None and args.limit < 1:
+        raise ConfigError(f"--limit {args.limit} must be at least 1")
     out = Path(args.out)
     recipe = Recipe(args.size, args.format, args.quality if args.format == "jpeg" else 0)
     source = open_source(args.source)
+    if args.limit is not None:
+        source = take(source, args.limit)
     if (out / MANIFEST).exists():
         dataset = open_dataset(out)
         same = dataset.manifest["source"]["fingerprint"] == source.fingerprint
@@ -51,6 +55,8 @@ def main(argv: list[str]) -> int:
     dataset = open_dataset(out)
     _picture(dataset, out / "samples.png")
     print(_summary(dataset))
+    if source.others:
+        print(f"passed over {source.others} files that are hidden or no images by their names")
     _report_quarantined(dataset)
     return ExitCode.COMPLETED
 
@@ -117,5 +123,6 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--format", choices=("png", "jpeg"), default="png", help="default: png, without loss")
     parser.add_argument("--quality", type=int, default=95, help="of jpeg, written 4:4:4 (default: 95)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that decode")
+    parser.add_argument("--limit", type=int, help="take at most that many images, evenly spread over the source")
     parser.add_argument("--check", metavar="FOLDER", help="verify a prepared set instead")
     return parser.parse_args(argv)

@@ -24,8 +24,9 @@ from repa_scale.config import Config
 from repa_scale.ema import ShardEma
 from repa_scale.engine import MOMENTS, Engine
 from repa_scale.errors import DataError, UserError
+from repa_scale.models import build_sit
 from repa_scale.models.initial import initial_values
-from repa_scale.models.weights import check_names, load_public
+from repa_scale.models.weights import check_names, load_public, public_shapes
 from repa_scale.ranks import Ranks
 
 log = logging.getLogger("repa_scale")
@@ -36,10 +37,6 @@ def set_initial(engine: Engine, ema: ShardEma, config: Config) -> None:
     public: dict[str, Tensor] = {}
     if config.train.init_from:
         public = {f"model.{name}": value for name, value in load_public(config.train.init_from).items()}
-        shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in engine.names.items()}
-        fixed = {f"model.{name}": tuple(buffer.shape) for name, buffer in engine.module.model.named_buffers()}
-        wanted = {name: shape for name, shape in {**shapes, **fixed}.items() if name.startswith("model.")}
-        check_names({name: tuple(v.shape) for name, v in public.items()}, wanted, config.train.init_from)
 
     def source(name: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
         if name in public:
@@ -48,6 +45,14 @@ def set_initial(engine: Engine, ema: ShardEma, config: Config) -> None:
 
     engine.write(source)
     ema.restart()
+
+
+def check_initial(config: Config) -> None:
+    """Compares the file of `train.init_from` with the model, by names and shapes, before anything is built."""
+    if config.train.init_from:
+        with torch.device("meta"):
+            wanted = {name: tuple(value.shape) for name, value in build_sit(config).state_dict().items()}
+        check_names(public_shapes(config.train.init_from), wanted, config.train.init_from)
 
 
 def save_state(

@@ -51,12 +51,18 @@ def run(config) -> ExitCode:
 
     dataset = open_dataset(config.data.path, verify=config.data.verify)
     check_dataset(dataset, config.model.num_classes, config.data.image_size, config.train.global_batch)
+    from repa_scale.deepspeed_config import deepspeed_dict
+    from repa_scale.state import check_initial
+
+    check_initial(config)
+    parameters = count_parameters(config)
+    ds_config = deepspeed_dict(config, ranks.world_size, parameters, ranks.device.type)
     identity = run_identity(config, dataset.fingerprint)
     ranks.start()
     if len(set(ranks.gather_objects(identity["identity_hash"]))) > 1:
         raise ConfigError("the ranks have different configurations or data; start them all with the same arguments")
     _verify(dataset, ranks)
-    folder = _join(config, ranks, identity, resolved_yaml(config))
+    folder = _join(config, ranks, identity, resolved_yaml(config), 16 * parameters + 2**20)
     from repa_scale.run_folder import log_to_folder
 
     log_to_folder(Path(config.run.dir), ranks.rank)
@@ -72,7 +78,7 @@ def run(config) -> ExitCode:
     try:
         if ranks.is_main:
             tracker = open_tracker(config, Path(config.run.dir), run_tags(config, ranks, identity, dataset), dataset)
-        return Trainer(config, ranks, dataset, folder, tracker, identity).train()
+        return Trainer(config, ranks, dataset, folder, tracker, identity, ds_config).train()
     except BaseException as error:
         if folder is not None:
             folder.fail(f"{type(error).__name__}: {error}")
@@ -128,15 +134,18 @@ def run_tags(config, ranks, identity: dict, dataset) -> dict[str, str]:
     }
 
 
-def _join(config, ranks, identity: dict, yaml: str):
-    """Rank 0 opens the run folder; where it is refused, every rank raises the same error."""
+def _join(config, ranks, identity: dict, yaml: str, checkpoint_bytes: int):
+    """Rank 0 opens the run folder; where it is refused, every rank raises the same error.
+
+    checkpoint_bytes: master weights, two moments and EMA in fp32 (16 bytes a parameter), and a little.
+    """
     from repa_scale.run_folder import open_run, require_disk_space
 
     folder, refusal = None, None
     if ranks.is_main:
         try:
             path = Path(config.run.dir)
-            require_disk_space(path, checkpoint_bytes(config))
+            require_disk_space(path, checkpoint_bytes)
             folder = open_run(path, identity, yaml, config.run.resume)
             folder.start()
         except UserError as error:
@@ -147,15 +156,14 @@ def _join(config, ranks, identity: dict, yaml: str):
     return folder
 
 
-def checkpoint_bytes(config) -> int:
-    """Size of one checkpoint: master weights, two moments and EMA in fp32 (16 bytes a parameter), and a little."""
+def count_parameters(config) -> int:
+    """Trained parameters of backbone and projectors."""
     import torch
 
     from repa_scale.objective import build_objective
 
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in build_objective(config).parameters())
-    return 16 * parameters + 2**20
+        return sum(p.numel() for p in build_objective(config).parameters())
 
 
 def _device_name(device) -> str:

@@ -17,7 +17,6 @@ from repa_scale.checkpoint import MANIFEST, step_folder
 from repa_scale.clock import Clock
 from repa_scale.config import Config
 from repa_scale.data.batches import Batch, Batches, DataSet
-from repa_scale.deepspeed_config import deepspeed_dict
 from repa_scale.draws import draw, drop_labels
 from repa_scale.ema import ShardEma
 from repa_scale.engine import Engine, Outcome
@@ -46,6 +45,7 @@ class Trainer:
         run: the run folder; None on ranks other than 0.
         tracker: where rank 0 reports to.
         identity: `keys`, `identity_hash`, `pair_id`.
+        ds_config: of deepspeed_config.deepspeed_dict.
     """
 
     def __init__(
@@ -56,18 +56,17 @@ class Trainer:
         run: RunFolder | None,
         tracker: Tracker | None,
         identity: dict,
+        ds_config: dict,
     ) -> None:
         self.config, self.ranks, self.dataset = config, ranks, dataset
         self.run, self.tracker, self.identity = run, tracker, identity
         self.checkpoints = Path(config.run.dir) / "checkpoints"
         self.clock = Clock(ranks.device)
         self.stop = StopRequest(run.path if run else None)
-        with torch.device("meta"):
-            parameters = sum(p.numel() for p in build_objective(config).parameters())
         optimizer = config.optimizer
         self.engine = Engine(
             lambda: build_objective(config),
-            deepspeed_dict(config, ranks.world_size, parameters, ranks.device.type),
+            ds_config,
             ranks,
             learning_rate=optimizer.learning_rate,
             betas=tuple(optimizer.betas),
@@ -79,7 +78,7 @@ class Trainer:
         log.info(
             "%s: %.1f M parameters under ZeRO stage %d on %d ranks, %.1f %% of the weights in shards, %s on %s",
             config.model.name,
-            parameters / 1e6,
+            self.engine.parameters / 1e6,
             self.engine.stage,
             ranks.world_size,
             100 * self.engine.partitioned_share(),

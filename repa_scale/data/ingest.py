@@ -6,14 +6,22 @@ parts become the set when all are there, and dataset.json is written last.
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import io
 import json
 import os
 import shutil
+import signal
+import threading
+import time
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import TimeoutError as PoolTimeout
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -24,7 +32,7 @@ from PIL import Image, UnidentifiedImageError
 
 from repa_scale import __version__, torchvision_fix
 from repa_scale.data.crop import center_crop
-from repa_scale.data.manifest import FORMAT_VERSION, MANIFEST, data_fingerprint, digest_of, write_file
+from repa_scale.data.manifest import FORMAT_VERSION, MANIFEST, data_fingerprint, write_file
 from repa_scale.data.mds import read_index, verify_shard
 from repa_scale.data.sources import Item, Source
 from repa_scale.errors import DataError, UserError, require
@@ -33,6 +41,8 @@ WORK = ".prepare"
 PART_ITEMS = 2048
 SHARD_BYTES = 1 << 26
 IN_FLIGHT = 8  # images a worker has ahead
+LARGEST_FILE = 1 << 28  # bytes; an archive's member could unpack to any size
+PATIENCE = 600.0  # seconds for one picture
 COLUMNS = {"label": "int", "id": "int", "name": "str"}
 
 
@@ -61,7 +71,13 @@ def ingest(source: Source, out: Path, recipe: Recipe, workers: int, progress: Ca
     torchvision_fix.ensure()
     require("streaming", "data")
     try:
-        return _ingest(source, out, recipe, workers, progress)
+        with _claimed(out, {"source": source.fingerprint, "recipe": asdict(recipe)}):
+            return _ingest(source, out, recipe, workers, progress)
+    except (BrokenProcessPool, PoolTimeout) as error:
+        raise UserError(
+            f"a decoding process died or stood still ({type(error).__name__}); the same command goes on, "
+            f"with --workers less than {workers} if memory is short"
+        ) from None
     except OSError as error:
         raise UserError(
             f"--out {out} cannot be written ({error.strerror}); make room or choose another folder"
@@ -70,9 +86,8 @@ def ingest(source: Source, out: Path, recipe: Recipe, workers: int, progress: Ca
 
 def _ingest(source: Source, out: Path, recipe: Recipe, workers: int, progress: Callable[[int], None]) -> dict[str, Any]:
     work = out / WORK
-    _claim(out, {"source": source.fingerprint, "recipe": asdict(recipe)})
     parts = [source.items[i : i + PART_ITEMS] for i in range(0, len(source.items), PART_ITEMS)]
-    with ProcessPoolExecutor(workers, get_context("fork"), initializer=_quiet) as pool:
+    with ProcessPoolExecutor(workers, get_context("fork"), initializer=_depend, initargs=(os.getpid(),)) as pool:
         done = []
         for number, items in enumerate(parts):
             folder = work / f"part_{number:05d}"
@@ -83,6 +98,18 @@ def _ingest(source: Source, out: Path, recipe: Recipe, workers: int, progress: C
                 progress(len(items))
             done.append((folder, finished))
     return _assemble(source, out, recipe, done)
+
+
+@contextmanager
+def _claimed(out: Path, job: dict[str, Any]) -> Iterator[None]:
+    """Holds `out` for this process and this job alone; a process that dies lets go of it."""
+    _claim(out, job)
+    with (out / WORK / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"--out {out} is being written by another prepare; wait for it to end") from None
+        yield
 
 
 def _claim(out: Path, job: dict[str, Any]) -> None:
@@ -149,22 +176,27 @@ def _encoded(
     waiting: deque[tuple[Item, Future]] = deque()
     for item in items:
         try:
-            waiting.append((item, pool.submit(encode, source.read(item.key), recipe)))
+            if item.size > LARGEST_FILE:
+                raise ValueError(f"its file has {item.size} bytes, more than {LARGEST_FILE}")
+            data = source.read(item.key)
         except Exception as error:  # a damaged member of an archive: zipfile and tarfile raise many kinds
             failed: Future = Future()
             failed.set_result(f"cannot be read: {error}")
             waiting.append((item, failed))
+        else:
+            waiting.append((item, pool.submit(encode, data, recipe)))
         while len(waiting) > ahead:
             first, result = waiting.popleft()
-            yield first, result.result()
+            yield first, result.result(PATIENCE)
     for item, result in waiting:
-        yield item, result.result()
+        yield item, result.result(PATIENCE)
 
 
 def encode(data: bytes, recipe: Recipe) -> bytes | str:
     """A picture's file -> the cropped sample's file, or the reason why it cannot be one."""
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data)) as picture:
                 cropped = center_crop(_to_rgb(picture), recipe.size)
@@ -174,6 +206,7 @@ def encode(data: bytes, recipe: Recipe) -> bytes | str:
         return "not an image that Pillow knows"
     except Exception as error:  # damaged files make Pillow raise many kinds
         return f"damaged: {error}"
+    cropped.info.clear()  # or colour profiles and comments would be written along
     buffer = io.BytesIO()
     if recipe.format == "jpeg":
         cropped.save(buffer, format="JPEG", quality=recipe.quality, subsampling=0)
@@ -210,7 +243,10 @@ def _assemble(source: Source, out: Path, recipe: Recipe, parts: list[tuple[Path,
     # Links, not renames: until dataset.json stands, the parts stay whole and the same command goes on from them.
     for origin, target in moves:
         target.unlink(missing_ok=True)
-        os.link(origin, target)
+        try:
+            os.link(origin, target)
+        except OSError:  # a file system without links
+            shutil.copyfile(origin, target)
     write_file(out / "index.json", json.dumps({"version": 2, "shards": rows}).encode())
     shards = read_index(out)
     manifest = {
@@ -221,26 +257,24 @@ def _assemble(source: Source, out: Path, recipe: Recipe, parts: list[tuple[Path,
         "class_names": source.class_names,
         "class_counts": [counts[label] for label in range(len(source.class_names))],
         "fingerprint": data_fingerprint(asdict(recipe), source.class_names, shards),
-        "index_sha256": digest_file(out / "index.json"),
+        "index_sha256": hashlib.sha256((out / "index.json").read_bytes()).hexdigest(),
         "recipe": asdict(recipe),
         "source": {"name": source.name, "fingerprint": source.fingerprint, "images": len(source.items)},
         "quarantined": quarantined,
-        "versions": {"repa_scale": __version__, "pillow": Image.__version__, "job": digest_of(asdict(recipe))[:8]},
+        "versions": {"repa_scale": __version__, "pillow": Image.__version__},
     }
     write_file(out / MANIFEST, json.dumps(manifest, indent=1).encode())
     shutil.rmtree(out / WORK)
     return manifest
 
 
-def digest_file(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    import hashlib
-
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _quiet() -> None:
-    """Workers leave Ctrl-C to the process that asked for them."""
-    import signal
-
+def _depend(parent: int) -> None:
+    """A worker leaves Ctrl-C to the process that asked for it, and ends when that one is gone, however it went."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

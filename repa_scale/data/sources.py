@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import tarfile
 import threading
 import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from PIL import Image
@@ -31,11 +32,13 @@ class Item:
         name: `class/file` below the root, or `file` where there are no classes.
         label: number of its class, from 0 in the sorted order of the class names.
         key: what `Source.read` takes.
+        size: bytes of its file, as the folder or archive says; -1 where it does not.
     """
 
     name: str
     label: int
     key: object
+    size: int
 
     @property
     def id(self) -> int:
@@ -50,7 +53,7 @@ class Source:
     Attributes:
         class_names: sorted; empty for a flat folder, whose images all have label 0.
         read: an item's key -> the bytes of its file.
-        others: files that are no images.
+        others: files passed over: no images by their names, or hidden.
         fingerprint: 16 hex digits of names and sizes.
     """
 
@@ -87,10 +90,21 @@ def open_source(source: str) -> Source:
 
 def _folder(root: Path) -> Source:
     files = {}
-    for path in root.rglob("*"):
-        if path.is_file():
-            files[path.relative_to(root).as_posix()] = (path, path.stat().st_size)
+    for path in _walk(root):
+        try:
+            size = path.stat().st_size
+        except OSError:  # a link to nothing: reading it will fail and be listed
+            size = -1
+        files[path.relative_to(root).as_posix()] = (path, size)
     return _arrange(root.resolve().name, files, lambda path: path.read_bytes(), root_folder=False)
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    """All files below `root`; links to folders are followed, unless they lead back to where they lie."""
+    for folder, below, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        below[:] = [name for name in below if not f"{real}/".startswith(f"{os.path.realpath(f'{folder}/{name}')}/")]
+        yield from (Path(folder, name) for name in files)
 
 
 def _zip(path: Path) -> Source:
@@ -143,10 +157,10 @@ def _arrange(name: str, files: dict[str, tuple[object, int]], read: Callable, ro
     """Names to classes. root_folder: an archive may hold everything in one folder, which is no class."""
     images, others = {}, 0
     for file, entry in files.items():
-        parts = PurePosixPath(file).parts
-        if any(part.startswith(".") or part == "__MACOSX" for part in parts):
-            continue
-        if PurePosixPath(file).suffix.lower() in IMAGES:
+        # Names that are no UTF-8 become such; what would lead upwards or to the root counts as hidden.
+        parts = PurePosixPath(os.fsencode(file).decode("utf-8", "backslashreplace")).parts
+        hidden = any(part.startswith((".", "/")) or part == "__MACOSX" for part in parts)
+        if not hidden and PurePosixPath(file).suffix.lower() in IMAGES:
             images[parts] = entry
         else:
             others += 1
@@ -164,8 +178,19 @@ def _arrange(name: str, files: dict[str, tuple[object, int]], read: Callable, ro
         )
     class_names = [] if flat else sorted({parts[0] for parts in images})
     labels = {class_name: label for label, class_name in enumerate(class_names)}
-    items = [Item("/".join(parts), labels.get(parts[0], 0), images[parts][0]) for parts in sorted(images)]
+    items = [Item("/".join(parts), labels.get(parts[0], 0), *images[parts]) for parts in sorted(images)]
     if len({item.id for item in items}) < len(items):
         raise DataError(f"{name}: two images have the same id; rename one of them")
-    fingerprint = digest_of([[item.name, images[tuple(item.name.split("/"))][1]] for item in items])[:16]
-    return Source(name, class_names, items, read, others, fingerprint)
+    return Source(name, class_names, items, read, others, _fingerprint(items))
+
+
+def take(source: Source, limit: int) -> Source:
+    """The same source with at most `limit` images, spread evenly over it, so that all classes keep their share."""
+    if limit >= len(source.items):
+        return source
+    items = [source.items[i * len(source.items) // limit] for i in range(limit)]
+    return replace(source, items=items, fingerprint=_fingerprint(items))
+
+
+def _fingerprint(items: list[Item]) -> str:
+    return digest_of([[item.name, item.size] for item in items])[:16]

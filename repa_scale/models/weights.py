@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from repa_scale.errors import DataError, UserError
@@ -24,6 +23,17 @@ def load_public(path: str | Path) -> dict[str, Tensor]:
     Raises:
         DataError: no such file, or not a safetensors file.
     """
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in _backbone(file)}
+
+
+def public_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what `load_public` gives, read without the weights."""
+    with _opened(path) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in _backbone(file)}
+
+
+def _opened(path: str | Path) -> safe_open:
     path = Path(path)
     file = path / EXPORT_FILE if path.is_dir() else path
     if not file.is_file():
@@ -31,10 +41,13 @@ def load_public(path: str | Path) -> dict[str, Tensor]:
     if file.suffix in (".pt", ".pth", ".ckpt", ".bin"):
         raise DataError(f"{file} is a pickle, which can run code when read; convert it to .safetensors first")
     try:
-        tensors = load_file(file)
+        return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         raise DataError(f"{file} is not a readable safetensors file ({error}); copy or export it again") from None
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith("projectors.")}
+
+
+def _backbone(file: safe_open) -> list[str]:
+    return [name for name in file.keys() if not name.startswith("projectors.")]  # noqa: SIM118  (no mapping)
 
 
 def check_names(have: Mapping[str, tuple[int, ...]], want: Mapping[str, tuple[int, ...]], where: str) -> None:
