@@ -7,13 +7,12 @@ sample follows from order.py, so ranks, workers and resumes change nothing.
 from __future__ import annotations
 
 import io
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
@@ -32,7 +31,7 @@ class Batch:
     """Samples of one step on one rank.
 
     Attributes:
-        images: (N, 3, S, S) uint8.
+        images: (N, 3, S, S) uint8; as they come from the loader, with the pixels of a colour three bytes apart.
         labels: (N,) int64.
         ids: (N,) int64, read with the images: what the batch fingerprint is made of.
         index: (N,) int64, positions in the global sequence: what the random numbers depend on.
@@ -47,7 +46,8 @@ class Batch:
         return len(self.labels)
 
     def to(self, device: torch.device | str) -> Batch:
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        """On `device`, where the colours of an image also become planes: a GPU does that for nothing."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True).contiguous())
 
     def pin_memory(self) -> Batch:
         return self._each(Tensor.pin_memory)
@@ -140,18 +140,22 @@ class _Steps(Dataset):
             return self._read(numbers.tolist(), index)
         except DataError as error:
             return _Failure(str(error))
+        except OSError as error:
+            return _Failure(f"{self.dataset.path} cannot be read ({error.strerror}); is its disk still there?")
 
     def _read(self, numbers: list[int], index: Tensor) -> Batch:
         size = self.dataset.image_size
         images = np.empty((len(numbers), size, size, 3), np.uint8)
-        labels, ids = (torch.empty(len(numbers), dtype=torch.int64) for _ in range(2))
+        labels, ids = [], []
         for i, number in enumerate(numbers):
             row = self.dataset.reader[number]
             image = decode(row["image"], f"{self.dataset.path}: sample {number} ({row['name']})")
             if image.shape != (size, size, 3):
                 raise DataError(f"{self.dataset.path}: sample {number} is {image.shape}, not {size} x {size} pixels")
-            images[i], labels[i], ids[i] = image, row["label"], row["id"]
-        return Batch(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels, ids, index)
+            images[i] = image
+            labels.append(row["label"])
+            ids.append(row["id"])
+        return Batch(torch.from_numpy(images).permute(0, 3, 1, 2), torch.tensor(labels), torch.tensor(ids), index)
 
 
 class _Onwards(SequentialSampler):
@@ -177,9 +181,10 @@ def decode(data: bytes, name: str = "image") -> np.ndarray:
         DataError: it is damaged.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data)) as image:
-                return np.asarray(image.convert("RGB") if image.mode != "RGB" else image)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            picture = image if image.mode == "RGB" else image.convert("RGB")
+            # np.asarray would do the same with one copy more.
+            return np.frombuffer(picture.tobytes(), np.uint8).reshape(picture.height, picture.width, 3)
+    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise DataError(f"{name} cannot be decoded ({error}); check the set with: repa-scale prepare --check") from None

@@ -1,0 +1,78 @@
+"""Every command in README and docs is run here, or composes if it needs a cluster; links and names in them exist."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from launching import BIN
+
+from repa_scale.cli import VERBS
+from repa_scale.compose import compose
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"```(\S*)( \w+)?\n(.*?)```", re.DOTALL)
+
+
+def blocks(page, language, mark=None):
+    return [
+        code
+        for kind, word, code in FENCE.findall(page.read_text())
+        if kind == language and (word or "").strip() == (mark or "")
+    ]
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(600)
+def test_the_commands_run_as_they_stand(tmp_path):
+    """README first, then the pages, in one folder: a page may use what README made."""
+    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "2"}
+    ran = 0
+    for page in PAGES:
+        for block in blocks(page, "bash"):
+            done = subprocess.run(
+                ["bash", "-euo", "pipefail", "-c", block], cwd=tmp_path, env=environment, capture_output=True, text=True
+            )
+            assert done.returncode == 0, f"{page.name}: {block}\n{done.stdout[-2000:]}{done.stderr[-3000:]}"
+            ran += 1
+        for block in blocks(page, "python"):
+            subprocess.run([sys.executable, "-c", block], cwd=tmp_path, env=environment, check=True)
+    assert ran >= 3
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_for_a_cluster_compose(page):
+    for block in blocks(page, "bash", "cluster"):
+        for line in block.splitlines():
+            words = shlex.split(line)
+            if "repa_scale.train" in words:
+                compose(words[words.index("repa_scale.train") + 1 :])
+            elif words and words[0] == "repa-scale":
+                assert words[1] in VERBS
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_files_and_targets_exist(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (page.parent / target).exists(), target
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for name in re.findall(r"^make (\w+)", text, re.MULTILINE):
+        assert name in targets, name
+    for file in re.findall(r"`((?:repa_scale|tests|docs|launchers|kernels|configs)/[\w/.]+\.\w+)`", text):
+        assert (ROOT / file).exists(), file
+
+
+def test_the_presets_of_the_readme_are_those_that_exist():
+    table = (ROOT / "README.md").read_text().split("## Presets")[1].split("##")[0]
+    named = set(re.findall(r"`(\w+)`", table))
+    assert named == {path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml")}
+
+
+def test_the_demo_calls_public_verbs_alone():
+    script = (ROOT / "launchers" / "local" / "demo.sh").read_text()
+    assert set(re.findall(r"^\s*(?:\[.*\] \|\| )?repa-scale (\w+)", script, re.MULTILINE)) <= set(VERBS)
