@@ -1,7 +1,12 @@
 """The order of samples and the batches: the same for any number of ranks and workers, from any step on."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -121,3 +126,89 @@ def test_damage_during_training_is_one_line(tmp_path, digits, workers):
     shard.write_bytes(data[:-1])
     with pytest.raises(DataError, match="bytes instead of"):
         open_dataset(copy).verify()
+
+
+# A process that reads 100,000 batches by two workers, says which they are, and notes a SIGTERM without ending.
+READS = """
+import multiprocessing, signal, sys, time
+from repa_scale.data.batches import Batches, open_dataset
+told = []
+signal.signal(signal.SIGTERM, lambda *_: told.append(1))
+source = Batches(open_dataset(sys.argv[1]), seed=0, global_batch=8, rank=0, world=1, workers=2, start_step=0)
+after = 0
+for number, batch in enumerate(source):
+    if number == 0:
+        print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    time.sleep(0.001)
+    after += bool(told)
+    if after == 200:
+        break
+source.close()
+print("well", flush=True)
+"""
+
+
+@pytest.fixture
+def reader(digits):
+    """The process and its workers' numbers."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", READS, str(digits)], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    workers = [int(word) for word in process.stdout.readline().split()]
+    yield process, workers
+    for pid in (process.pid, *workers):
+        if lives(pid):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+def lives(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_stop_signal_to_all_processes_leaves_the_loader_running(reader):
+    process, workers = reader
+    assert len(workers) == 2
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.stdout.read() == "well\n"
+    assert process.wait(60) == 0 and not any(map(lives, workers))
+
+
+def test_workers_end_when_their_parent_is_killed(reader):
+    process, workers = reader
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 30
+    while any(map(lives, workers)):
+        assert time.monotonic() < deadline, "a worker goes on without its parent"
+        time.sleep(0.1)
+
+
+def test_a_killed_worker_ends_the_run_with_one_line(digits):
+    source = Batches(open_dataset(digits), seed=0, global_batch=8, rank=0, world=1, workers=2, start_step=0)
+    with pytest.raises(RuntimeError, match="worker") as error:
+        for number, _ in enumerate(source):
+            if number == 0:
+                os.kill(source._stream._workers[0].pid, signal.SIGKILL)
+            assert number < 1000
+    assert "\n" not in str(error.value)
+    source.close()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_memory_and_open_files_stay_level(digits, workers):
+    source = Batches(open_dataset(digits), seed=0, global_batch=64, rank=0, world=1, workers=workers, start_step=0)
+    seen = []
+    for number, _ in enumerate(source):
+        if number in (100, 500):
+            with open("/proc/self/statm") as file:
+                seen.append((int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE"), len(os.listdir("/proc/self/fd"))))
+        if number == 500:
+            break
+    source.close()
+    assert seen[1][0] - seen[0][0] < 8 << 20, "some 28 MB of images were read between"
+    assert seen[1][1] - seen[0][1] < 40

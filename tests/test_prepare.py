@@ -3,20 +3,22 @@
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 import tarfile
 import time
 import zipfile
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file
 
 from repa_scale.data.batches import decode, open_dataset
 from repa_scale.data.crop import center_crop
-from repa_scale.data.ingest import Recipe, encode
+from repa_scale.data.ingest import Recipe, _claimed, encode
+from repa_scale.data.sources import open_source
 from repa_scale.errors import ConfigError, DataError
 from repa_scale.prepare import main
 
@@ -132,6 +134,75 @@ def test_broken_images_are_left_out_and_listed(tree, tmp_path, capsys, monkeypat
     assert "5 left out" in out and "left out cat/truncated.jpg" in out
 
 
+def test_a_link_to_nothing_and_an_enormous_file_are_listed(tree, tmp_path, monkeypatch):
+    monkeypatch.setattr("repa_scale.data.ingest.LARGEST_FILE", 100_000)
+    (tree / "cat" / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (tree / "dog" / "zeros.png").write_bytes(bytes(100_001))
+    elsewhere = tmp_path / "elsewhere"
+    save(picture(7), elsewhere / "owl.png")
+    (tree / "owl").symlink_to(elsewhere)
+    (tree / "owl" / "back").symlink_to(tree)
+    assert prepare(tree, tmp_path / "set") == 0
+    dataset = open_dataset(tmp_path / "set")
+    reasons = dict(dataset.manifest["quarantined"])
+    assert set(reasons) == {"cat/gone.jpg", "dog/zeros.png"}
+    assert "100001 bytes" in reasons["dog/zeros.png"] and "cannot be read" in reasons["cat/gone.jpg"]
+    assert dataset.class_names == ["cat", "dog", "owl"] and dataset.class_counts == [3, 3, 1]
+
+
+def test_names_of_an_archive_are_only_names(tmp_path, capsys):
+    buffer = io.BytesIO()
+    picture(0).save(buffer, format="PNG")
+    with tarfile.open(tmp_path / "evil.tar", "w") as archive:
+        for name in ("../cat/up.png", "/cat/root.png", "all/cat/a.png", "all/dog/b.png", "all/dog/caf\udce9.png"):
+            member = tarfile.TarInfo(name)
+            member.size = len(buffer.getvalue())
+            archive.addfile(member, io.BytesIO(buffer.getvalue()))
+    assert prepare(tmp_path / "evil.tar", tmp_path / "set") == 0
+    dataset = open_dataset(tmp_path / "set")
+    assert [dataset.reader[i]["name"] for i in range(3)] == ["cat/a.png", "dog/b.png", "dog/caf\\xe9.png"]
+    assert "passed over 2 files" in capsys.readouterr().out
+    assert sorted(os.listdir(tmp_path)) == ["evil.tar", "set"]
+
+
+def test_a_limit_keeps_all_classes(tmp_path):
+    for words, count in ((["--limit", "50"], 50), (["--limit", "5000"], 1797)):
+        out = tmp_path / str(count)
+        assert main(["digits", "--out", str(out), "--size", "8", *words]) == 0
+        dataset = open_dataset(out)
+        assert dataset.count == count and min(dataset.class_counts) * 13 >= count
+    with pytest.raises(DataError, match="other images"):
+        main(["digits", "--out", str(tmp_path / "50"), "--size", "8", "--limit", "51"])
+
+
+def test_one_prepare_at_a_time(tree, tmp_path):
+    source, recipe = open_source(str(tree)), Recipe(16, quality=0)
+    job = {"source": source.fingerprint, "recipe": asdict(recipe)}
+    with _claimed(tmp_path / "set", job), pytest.raises(DataError, match="another prepare"):
+        prepare(tree, tmp_path / "set")
+    assert prepare(tree, tmp_path / "set") == 0
+
+
+def test_a_picture_brings_nothing_but_its_pixels():
+    plain, dressed = io.BytesIO(), io.BytesIO()
+    picture(0).save(plain, format="PNG")
+    picture(0).save(dressed, format="PNG", icc_profile=b"profile" * 50, dpi=(72, 72), transparency=(1, 2, 3))
+    for kind in ("png", "jpeg"):
+        recipe = Recipe(16, kind)
+        assert encode(plain.getvalue(), recipe) == encode(dressed.getvalue(), recipe)
+
+
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_a_sample_is_the_public_crop(golden_folder, size):
+    path = golden_folder / "preprocess.safetensors"
+    if not path.exists():
+        pytest.skip(f"{path} is absent")
+    numbers = load_file(path)
+    buffer = io.BytesIO()
+    Image.fromarray(numbers["picture"]).save(buffer, format="PNG")
+    assert np.array_equal(decode(encode(buffer.getvalue(), Recipe(size))), numbers[f"adm_center_crop_{size}"])
+
+
 def test_sixteen_bit_grey_keeps_its_upper_byte():
     values = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
     buffer = io.BytesIO()
@@ -182,6 +253,12 @@ def test_a_folder_of_something_else_is_not_touched(tree, tmp_path):
         prepare(tree, tmp_path / "other", "--format", "jpeg")
 
 
+def children(pid):
+    """Their folders in /proc."""
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return [f"/proc/{child}" for child in file.read().split()]
+
+
 def test_a_killed_prepare_goes_on(tmp_path, monkeypatch):
     root = tmp_path / "tree"
     for i in range(5000):
@@ -193,8 +270,12 @@ def test_a_killed_prepare_goes_on(tmp_path, monkeypatch):
     while not (killed / ".prepare" / "part_00000" / "done.json").exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
+    workers = children(process.pid)
+    process.kill()  # alone: its workers must find out by themselves
     process.wait()
+    while any(map(os.path.exists, workers)):
+        assert time.monotonic() < deadline, "a decoding process goes on without its parent"
+        time.sleep(0.1)
     with pytest.raises(DataError, match="is unfinished"):
         open_dataset(killed)
     first = killed / ".prepare" / "part_00000" / "shard.00000.mds"

@@ -7,6 +7,9 @@ sample follows from order.py, so ranks, workers and resumes change nothing.
 from __future__ import annotations
 
 import io
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -81,7 +84,8 @@ class Batches:
         self._stream: Iterator | None = None
 
     def __iter__(self) -> Iterator[Batch]:
-        """Raises `DataError` for a damaged sample, and where no batch comes for a long time."""
+        """Raises `DataError` for a damaged sample and where no batch comes for a long time, `RuntimeError` where a
+        worker was killed."""
         loader = DataLoader(
             self._steps,
             sampler=_Onwards(self._start),
@@ -90,6 +94,7 @@ class Batches:
             prefetch_factor=PREFETCH if self._workers else None,
             timeout=PATIENCE if self._workers else 0,
             multiprocessing_context="fork" if self._workers else None,
+            worker_init_fn=_leave_signals_to_the_parent,
             pin_memory=torch.cuda.is_available(),
         )
         self._stream = iter(loader)
@@ -97,6 +102,8 @@ class Batches:
             try:
                 batch = next(self._stream)
             except RuntimeError as error:
+                if "worker" in str(error) and "timed out" not in str(error):
+                    raise RuntimeError(f"{error}; if memory was short, use data.workers={self._workers // 2}") from None
                 if "timed out" not in str(error):
                     raise
                 raise DataError(
@@ -107,11 +114,33 @@ class Batches:
             yield batch
 
     def close(self) -> None:
-        """Ends the workers."""
+        """Ends the workers, also one that stands still."""
         shut_down = getattr(self._stream, "_shutdown_workers", None)
         if shut_down is not None:
             shut_down()
+            for worker in self._stream._workers:
+                if worker.is_alive():
+                    worker.kill()
         self._stream = None
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """A job's stop signal often goes to all its processes, and the trainer needs batches until it has saved.
+
+    The worker itself ends by its parent's word, or when its parent is gone (DataLoader looks every five seconds).
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+    parent = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+
+    def listen() -> None:
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=listen, daemon=True).start()
 
 
 @dataclass(frozen=True)

@@ -99,12 +99,14 @@ def _folder(root: Path) -> Source:
     return _arrange(root.resolve().name, files, lambda path: path.read_bytes(), root_folder=False)
 
 
-def _walk(root: Path) -> Iterator[Path]:
-    """All files below `root`; links to folders are followed, unless they lead back to where they lie."""
-    for folder, below, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        below[:] = [name for name in below if not f"{real}/".startswith(f"{os.path.realpath(f'{folder}/{name}')}/")]
-        yield from (Path(folder, name) for name in files)
+def _walk(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """All files below `folder`; links to folders are followed, unless they lead back to one that was passed through."""
+    above = above | {os.path.realpath(folder)}
+    for entry in os.scandir(folder):
+        if not entry.is_dir():
+            yield Path(entry.path)
+        elif not entry.is_symlink() or os.path.realpath(entry.path) not in above:
+            yield from _walk(Path(entry.path), above)
 
 
 def _zip(path: Path) -> Source:
