@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repa_scale import torchvision_fix
-from repa_scale.errors import ConfigError, DataError, UserError, require
+from repa_scale.errors import ConfigError, DataError, UserError, reason, require
 from repa_scale.models.weights import check_names
 from repa_scale.sizes import EncoderSpec, encoder_spec
 
@@ -89,6 +90,8 @@ def build_encoder(
             _load_file(network, Path(weights), name)
     if spec.kind == "map":
         network = FeatureMap(network, spec.stride)
+    elif not spec.final_norm:
+        network.norm = nn.Identity()
     return Encoder(network, spec, grid).to(device=device, dtype=dtype)
 
 
@@ -115,13 +118,13 @@ def _resize(x: Tensor, size: int) -> Tensor:
 
 def _from_hub(timm, spec: EncoderSpec, name: str, tag: str, size: dict) -> nn.Module:
     if not tag:
-        raise ConfigError(f"encoder={name} is not on the hub; give its file: alignment.NAME.weights=path/to/weights")
+        instead = "use alignment.NAME.weights=package" if spec.package else "give its file: alignment.NAME.weights=path"
+        raise ConfigError(f"encoder={name} is not on the hub; {instead}")
     try:
         return timm.create_model(spec.timm_name, pretrained=True, **size)
     except Exception as error:  # each of the hub's libraries raises its own
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"the weights of encoder={name} ({spec.timm_name}) cannot be fetched: {reason[:200]}; "
+            f"the weights of encoder={name} ({spec.timm_name}) cannot be fetched: {reason(error)}; "
             "give a local file (alignment.NAME.weights=path), or an encoder that a package brings (effnet-lite0)"
         ) from None
 
@@ -167,11 +170,30 @@ def _read(file: Path) -> dict[str, Tensor]:
             return load_file(file)
         tensors = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and safetensors raise many kinds for a damaged file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{file} cannot be read as weights ({reason[:160]}); fetch it again") from None
-    for key in ("model", "state_dict", "teacher"):
+        raise DataError(
+            f"{file} cannot be read as weights ({reason(error)}); fetch it again, or save its tensors as .safetensors"
+        ) from None
+    for key in ("model", "state_dict", "teacher", "encoder"):
         if isinstance(tensors, dict) and isinstance(tensors.get(key), dict):
             tensors = tensors[key]
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise DataError(f"{file} does not hold a dictionary of tensors; give a file of weights")
+    return _plain(tensors)
+
+
+def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names without what a training script put before them; timm converts the rest.
+
+    MoCo v3 files hold two encoders; the trained one is wanted. In its ViT-L file, made from a JAX one, the names
+    norm1, fc1 of block 13 and norm2, fc2 of block 14 carry the block's number.
+    """
+    base = "module.base_encoder."
+    if any(name.startswith(base) for name in tensors):
+        trained = {name.removeprefix(base): value for name, value in tensors.items() if name.startswith(base)}
+        return {
+            re.sub(r"(norm|fc)1[34]\b", lambda m: m[1] + ("1" if m[0].endswith("3") else "2"), name): value
+            for name, value in trained.items()
+        }
+    if all(name.startswith("module.") for name in tensors):
+        return {name.removeprefix("module."): value for name, value in tensors.items()}
     return tensors

@@ -48,6 +48,21 @@ def require(module: str, extra: str) -> ModuleType:
         ) from None
 
 
+def reason(error: BaseException) -> str:
+    """What went wrong in a foreign library, on one line: the head of its text, and of its innermost cause's."""
+    cause = error
+    while inner := cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__):
+        cause = inner
+    return ", because: ".join(dict.fromkeys((_head(error), _head(cause))))
+
+
+def _head(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    # torch's "Error(s) in loading state_dict:" says nothing without the line that follows.
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return text if len(text) <= 240 else text[:240] + "..."
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the closest of `known`, else the list of what is known."""
     names = sorted(str(k) for k in known)

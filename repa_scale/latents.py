@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from repa_scale import torchvision_fix
 from repa_scale.config import Config
-from repa_scale.errors import UserError, require
+from repa_scale.errors import UserError, reason, require
 from repa_scale.sizes import LatentSpec, latent_spec
 
 RANDOM_SEED = 0  # of `latents.weights=random`, so that all ranks have the same VAE
@@ -72,7 +72,7 @@ def build_latents(config: Config, device: torch.device | str, dtype: torch.dtype
 
     Raises:
         ConfigError: unknown name.
-        UserError: the weights cannot be had.
+        UserError: the weights cannot be had, or are those of another kind of VAE.
     """
     spec = latent_spec(config.latents.name)
     if spec.kind == "identity":
@@ -86,17 +86,36 @@ def build_latents(config: Config, device: torch.device | str, dtype: torch.dtype
             torch.manual_seed(RANDOM_SEED)
             vae = kind(**KL_SHAPE) if spec.kind == "kl" else kind()
     else:
-        vae = _load(kind, spec.source if weights == "hub" else weights, config.latents.name)
+        vae = _load(kind, spec, spec.source if weights == "hub" else weights, config.latents.name)
     return Latents(spec, vae.to(device=device, dtype=dtype), device)
 
 
-def _load(kind, source: str, name: str) -> nn.Module:
-    local = Path(source).is_dir()
+def _load(kind: type, spec: LatentSpec, source: str, name: str) -> nn.Module:
+    """The VAE in a local folder or on the hub, checked against its row.
+
+    Diffusers only warns of another class or of missing tensors, which it then draws at random.
+    """
+    local = {"local_files_only": Path(source).is_dir()}
     try:
-        return kind.from_pretrained(source, local_files_only=local)
+        found = kind.load_config(source, **local).get("_class_name", kind.__name__)
+        # Without `low_cpu_mem_usage=False` diffusers asks for the package accelerate.
+        if found == kind.__name__:
+            vae, loaded = kind.from_pretrained(source, **local, low_cpu_mem_usage=False, output_loading_info=True)
     except Exception as error:  # each of the hub's libraries raises its own
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"the weights of latents.name={name} cannot be read from {source}: {reason[:200]}; "
+            f"the weights of latents.name={name} cannot be read from {source}: {reason(error)}; "
             "give a local folder of diffusers' layout (latents.weights=folder)"
         ) from None
+    if found != kind.__name__:
+        raise UserError(
+            f"{source} holds a {found}, but latents.name={name} is a {kind.__name__}; give the folder of one"
+        )
+    if missing := sorted(loaded["missing_keys"]):
+        raise UserError(f"{source} lacks {len(missing)} tensors of its VAE, such as {missing[0]}; fetch it again")
+    shape = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
+    if shape != (spec.channels, spec.factor):
+        raise UserError(
+            f"{source} makes {shape[0]} channels at 1/{shape[1]} of the image's size, but latents.name={name} means "
+            f"{spec.channels} at 1/{spec.factor}; give a VAE of that shape"
+        )
+    return vae

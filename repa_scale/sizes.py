@@ -71,8 +71,9 @@ class EncoderSpec:
         stride: input pixels a token and axis; the input is `stride` times the token grid of the transformer.
         prefix_tokens: class and register tokens before the patch tokens.
         mean, std: normalisation of x / 255.
-        kind: `vit` (patch tokens after the final norm) or `map` (a feature map, flattened row by row).
+        kind: `vit` (patch tokens) or `map` (a feature map, flattened row by row).
         resize_first: resize before normalising (CLIP) instead of after.
+        final_norm: whether the tokens pass the network's last norm. REPA takes those of MAE and CLIP before it.
         package: the Python package that brings the weights, for `weights=package`.
     """
 
@@ -84,6 +85,7 @@ class EncoderSpec:
     std: tuple[float, float, float] = IMAGENET_STD
     kind: str = "vit"
     resize_first: bool = False
+    final_norm: bool = True
     package: str = ""
 
 
@@ -100,12 +102,14 @@ ENCODERS: dict[str, EncoderSpec] = {
     "dinov3-vit-b": EncoderSpec("vit_base_patch16_dinov3.lvd1689m", 768, 16, 5),
     "dinov3-vit-l": EncoderSpec("vit_large_patch16_dinov3.lvd1689m", 1024, 16, 5),
     "dino-vit-b": EncoderSpec("vit_base_patch16_224.dino", 768, 16),
-    "mae-vit-b": EncoderSpec("vit_base_patch16_224.mae", 768, 16),
-    "mae-vit-l": EncoderSpec("vit_large_patch16_224.mae", 1024, 16),
+    "mae-vit-b": EncoderSpec("vit_base_patch16_224.mae", 768, 16, final_norm=False),
+    "mae-vit-l": EncoderSpec("vit_large_patch16_224.mae", 1024, 16, final_norm=False),
     "mocov3-vit-b": EncoderSpec("vit_base_patch16_224", 768, 16),
     "mocov3-vit-l": EncoderSpec("vit_large_patch16_224", 1024, 16),
+    # `quickgelu`: the activation that OpenAI's weights were trained with; timm's plain name has another.
     "clip-vit-l": EncoderSpec(
-        "vit_large_patch14_clip_224.openai", 1024, 14, mean=CLIP_MEAN, std=CLIP_STD, resize_first=True
+        "vit_large_patch14_clip_quickgelu_224.openai", 1024, 14,
+        mean=CLIP_MEAN, std=CLIP_STD, resize_first=True, final_norm=False,
     ),
     "siglip2-vit-b": EncoderSpec("vit_base_patch16_siglip_256.v2_webli", 768, 16, 0, HALF, HALF),
     "ijepa-vit-h": EncoderSpec("vit_huge_patch14_gap_224.in1k_ijepa", 1280, 14, 0),

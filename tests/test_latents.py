@@ -5,9 +5,8 @@ import torch
 
 from repa_scale import torchvision_fix
 from repa_scale.config import Config
-from repa_scale.errors import ConfigError, UserError
+from repa_scale.errors import UserError
 from repa_scale.latents import build_latents
-from repa_scale.sizes import latent_grid, token_grid
 
 torchvision_fix.ensure()  # before diffusers
 CPU, FP32 = torch.device("cpu"), torch.float32
@@ -38,17 +37,22 @@ def test_values_beyond_white_and_black_are_clamped():
     ]
 
 
-def test_a_vae_gives_its_posterior(tmp_path):
+def small_vae(folder, channels=4, blocks=4):
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     vae = diffusers.AutoencoderKL(
-        block_out_channels=(8, 8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8,) * blocks,
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
         norm_num_groups=4,
-        latent_channels=4,
+        latent_channels=channels,
     )
-    vae.save_pretrained(tmp_path / "vae")
+    vae.save_pretrained(folder)
+    return vae
+
+
+def test_a_vae_gives_its_posterior(tmp_path):
+    vae = small_vae(tmp_path / "vae")
     space = latents("sd-vae-ft-mse", tmp_path / "vae")
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     moments = space.encode(images)
@@ -80,14 +84,57 @@ def test_weights_that_cannot_be_had(tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_grids():
-    assert latent_grid(256, "sd-vae-ft-mse") == (4, 32, 32)
-    assert token_grid(256, "sd-vae-ft-mse", "SiT-XL/2") == (16, 16)
-    assert token_grid(512, "sd-vae-ft-mse", "SiT-XL/2") == (32, 32)
-    assert token_grid(8, "identity", "SiT-Tiny/1") == (8, 8)
-    with pytest.raises(ConfigError, match="does not divide by 8"):
-        latent_grid(250, "sd-vae-ft-mse")
-    with pytest.raises(ConfigError, match="patches of 8 do not divide"):
-        token_grid(96, "sd-vae-ft-mse", "SiT-XL/8")
-    with pytest.raises(ConfigError, match="did you mean 'sd-vae-ft-mse'"):
-        latent_grid(256, "sd-vae-ft-mes")
+def test_a_vae_of_another_kind_or_shape_is_refused(tmp_path):
+    """Diffusers itself takes each of these with a warning at most."""
+    small_vae(tmp_path / "vae")
+    with pytest.raises(UserError, match=r"holds a AutoencoderKL, but latents\.name=taesd"):
+        latents("taesd", tmp_path / "vae")
+    small_vae(tmp_path / "wide", channels=16)
+    with pytest.raises(UserError, match="makes 16 channels at 1/8"):
+        latents("sd-vae-ft-mse", tmp_path / "wide")
+    small_vae(tmp_path / "shallow", blocks=3)
+    with pytest.raises(UserError, match="makes 4 channels at 1/4"):
+        latents("sd-vae-ft-mse", tmp_path / "shallow")
+
+
+def test_damaged_weights_are_named(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    small_vae(tmp_path / "vae")
+    file = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    bias = tensors.pop("decoder.conv_in.bias")
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks 1 tensors of its VAE, such as decoder\.conv_in\.bias"):
+        latents("sd-vae-ft-mse", tmp_path / "vae")
+    save_file({**tensors, "decoder.conv_in.bias": bias[:3]}, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"decoder\.conv_in\.bias") as error:
+        latents("sd-vae-ft-mse", tmp_path / "vae")
+    assert "\n" not in str(error.value)
+
+
+def test_the_attention_of_published_vaes_is_found_under_its_old_names(tmp_path):
+    """sd-vae-ft-mse was published before diffusers renamed it."""
+    from safetensors.torch import load_file, save_file
+
+    small_vae(tmp_path / "vae")
+    file = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    want = load_file(file)
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    have = {}
+    for name, value in want.items():
+        for new, before in old.items():
+            name = name.replace(f"attentions.0.{new}.", f"attentions.0.{before}.")
+        have[name] = value
+    assert "encoder.mid_block.attentions.0.query.weight" in have
+    save_file(have, file, metadata={"format": "pt"})
+    vae = latents("sd-vae-ft-mse", tmp_path / "vae").vae
+    assert all(torch.equal(value, want[name]) for name, value in vae.state_dict().items())
+
+
+def test_random_weights_are_the_same_everywhere():
+    pytest.importorskip("diffusers")
+    torch.manual_seed(1)
+    first = latents("taesd", "random").vae.state_dict()
+    second = latents("taesd", "random").vae.state_dict()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
