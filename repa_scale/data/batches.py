@@ -6,6 +6,7 @@ sample follows from order.py, so ranks, workers and resumes change nothing.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import signal
@@ -101,9 +102,14 @@ class Batches:
         while True:
             try:
                 batch = next(self._stream)
-            except RuntimeError as error:
-                if "worker" in str(error) and "timed out" not in str(error):
-                    raise RuntimeError(f"{error}; if memory was short, use data.workers={self._workers // 2}") from None
+            except (RuntimeError, OSError, EOFError) as error:
+                # The other kinds come where a worker is killed while it hands a batch over.
+                alive = all(worker.is_alive() for worker in getattr(self._stream, "_workers", ()))
+                if not alive or not isinstance(error, RuntimeError):
+                    raise RuntimeError(
+                        f"a loader worker died ({type(error).__name__}: {error}); "
+                        f"if memory was short, use data.workers={self._workers // 2}"
+                    ) from None
                 if "timed out" not in str(error):
                     raise
                 raise DataError(
@@ -117,7 +123,8 @@ class Batches:
         """Ends the workers, also one that stands still."""
         shut_down = getattr(self._stream, "_shutdown_workers", None)
         if shut_down is not None:
-            shut_down()
+            with contextlib.suppress(RuntimeError):  # DataLoader reports a killed worker wherever the program stands
+                shut_down()
             for worker in self._stream._workers:
                 if worker.is_alive():
                     worker.kill()
@@ -127,17 +134,20 @@ class Batches:
 def _leave_signals_to_the_parent(worker: int) -> None:
     """A job's stop signal often goes to all its processes, and the trainer needs batches until it has saved.
 
-    The worker itself ends by its parent's word, or when its parent is gone (DataLoader looks every five seconds).
+    The worker itself ends by its parent's word, or within a second when its parent is gone. DataLoader looks for that
+    too, but a worker whose neighbour was killed with the lock of their queue in hand would never come to its end.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"):
+    if not hasattr(signal, "sigtimedwait"):
         return
     parent = os.getppid()
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 
     def listen() -> None:
-        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
-            pass
+        while os.getppid() == parent:
+            sent = signal.sigtimedwait([signal.SIGTERM], 1.0)
+            if sent is not None and sent.si_pid == parent:
+                break
         os._exit(0)
 
     threading.Thread(target=listen, daemon=True).start()
