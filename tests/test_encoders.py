@@ -215,6 +215,35 @@ def test_files_of_other_authors_convert(tmp_path):
     assert equal(loaded(jepa, tmp_path / "jepa.pth", contents), want)
 
 
+def test_the_state_of_openai_clip_converts(tmp_path):
+    """Both towers in one dictionary of half precision, beside it a projection that the tokens do not pass."""
+    clip = timm.create_model(
+        "vit_large_patch14_clip_quickgelu_224", embed_dim=32, depth=2, num_heads=2, img_size=28, num_classes=0
+    )
+    clip.half().float()
+    names = [
+        (r"^patch_embed\.proj", "conv1"),
+        (r"^norm_pre", "ln_pre"),
+        (r"^norm\.", "ln_post."),
+        (r"\.norm([12])", r".ln_\1"),
+        (r"attn\.qkv\.", "attn.in_proj_"),
+        (r"attn\.proj", "attn.out_proj"),
+        (r"mlp\.fc1", "mlp.c_fc"),
+        (r"mlp\.fc2", "mlp.c_proj"),
+        (r"^blocks", "transformer.resblocks"),
+    ]
+    state = {"visual.proj": torch.zeros(32, 8), "token_embedding.weight": torch.zeros(4, 4)}
+    want = clip.state_dict()
+    for name, value in want.items():
+        for ours, theirs in names:
+            name = re.sub(ours, theirs, name)
+        state["visual." + name] = value.half()
+    state["visual.class_embedding"] = state.pop("visual.cls_token")[0, 0]
+    state["visual.positional_embedding"] = state.pop("visual.pos_embed")[0]
+    assert "visual.transformer.resblocks.1.attn.in_proj_weight" in state
+    assert equal(loaded(clip, tmp_path / "clip.pth", state), want)
+
+
 def test_weights_that_cannot_be_used(tmp_path):
     def build(name, weights):
         return build_encoder(name, str(weights), (2, 2), CPU, FP32)
