@@ -12,15 +12,17 @@ import json
 import logging
 import math
 import os
+import re
 import threading
 import time
+import uuid
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from repa_scale.checkpoint import write_atomically
 from repa_scale.config import Config
-from repa_scale.errors import UserError
+from repa_scale.errors import UserError, reason
 from repa_scale.run_folder import read_status
 
 STATUS = {"completed": "FINISHED", "preempted": "KILLED", "failed": "FAILED", "diverged": "FAILED"}
@@ -70,11 +72,13 @@ class MlflowTracker(Tracker):
 
     def __init__(self, config: Config, run_dir: Path, tags: dict[str, str], dataset: Any) -> None:
         self.config, self.run_dir, self.tags, self.dataset = config, run_dir, tags, dataset
+        self.uri = redacted(config.tracking.uri)  # the one that is shown and stored
+        self._start_id = uuid.uuid4().hex
         self._artifacts: list[tuple[Path, str]] = [(run_dir / "config.yaml", "")]
         self._artifacts += [(path, "samples") for path in sorted((run_dir / "samples").glob("*.png"))]
         self._cursor: dict[str, Any] = {}
         self._client: Any = None
-        self._wake, self._drained = threading.Event(), threading.Event()
+        self._wake, self._ending, self._drained = threading.Event(), threading.Event(), threading.Event()
         self._final: str | None = None
         self._warned = False
         self._thread = threading.Thread(target=self._send_for_ever, name="tracking", daemon=True)
@@ -89,30 +93,47 @@ class MlflowTracker(Tracker):
 
     def finish(self, state: str) -> None:
         self._final = state
+        self._ending.set()
         self._wake.set()
         if not self._drained.wait(FINISH_SECONDS):
+            rows, files = self._unsent()
             log.warning(
-                "tracking: %s did not take everything in %.0f s; nothing is lost: %s holds it, and the next start of "
-                "this run sends it",
-                self.config.tracking.uri,
+                "tracking: %s did not take everything in %.0f s: %d rows and %d files are not sent; nothing is lost: "
+                "%s holds them, and the next start of this run sends them",
+                self.uri,
                 FINISH_SECONDS,
+                rows,
+                files,
                 self.run_dir,
             )
+
+    def _unsent(self) -> tuple[int, int]:
+        """Rows of metrics.jsonl and files that the store has not taken."""
+        try:
+            data = (self.run_dir / "metrics.jsonl").read_bytes()
+        except OSError:
+            data = b""
+        return data[self._cursor.get("sent_bytes", 0) :].count(b"\n"), len(self._artifacts)
 
     # Below: the thread.
 
     def _send_for_ever(self) -> None:
         pause = RETRY_SECONDS[0]
         while not self._drained.is_set():
-            final = self._final  # read before sending, so that the last rows are sent before the run is closed
+            # In this order: what is written from here on wakes the thread again, and a run is closed only after a
+            # sending that began when its last row was there.
             self._wake.clear()
+            final = self._final
             try:
                 if self._client is None:
                     self._client = self._connect()
                 self._send_metrics()
+                if final is not None:  # before the files: a store that refuses them still learns how the run ended
+                    self._client.set_terminated(self._cursor["run_id"], STATUS.get(final, "FAILED"))
                 self._send_artifacts()
+                if self._warned and pause != RETRY_SECONDS[0]:
+                    log.info("tracking: %s has all rows again", self.uri)
                 if final is not None:
-                    self._client.set_terminated(self._cursor["run_id"], STATUS[final])
                     self._drained.set()
                     return
                 pause = RETRY_SECONDS[0]
@@ -120,11 +141,14 @@ class MlflowTracker(Tracker):
             except Exception as error:  # MLflow, requests and SQLAlchemy raise many kinds; none may reach training
                 if not self._warned:
                     self._warned = True
-                    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                     log.warning(
-                        "tracking: %s: %s; training goes on, and sends it later", self.config.tracking.uri, reason
+                        "tracking: %s: %s; training goes on, and sends it later", self.uri, redacted(reason(error))
                     )
-                time.sleep(pause)
+                if self._ending.is_set():
+                    pause = RETRY_SECONDS[0]
+                    time.sleep(pause)
+                else:
+                    self._ending.wait(pause)
                 pause = min(2 * pause, RETRY_SECONDS[1])
 
     def _connect(self) -> Any:
@@ -146,12 +170,14 @@ class MlflowTracker(Tracker):
 
         try:
             cursor = json.loads((self.run_dir / CURSOR).read_text())
-            if cursor["uri"] != self.config.tracking.uri:
+            if cursor["uri"] != self.uri:
                 return None
             cursor["sent_bytes"], cursor["sent_files"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
         try:
+            if client.get_run(cursor["run_id"]).info.lifecycle_stage == "deleted":
+                return None
             client.update_run(cursor["run_id"], status="RUNNING")
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
@@ -162,13 +188,17 @@ class MlflowTracker(Tracker):
     def _create_run(self, client: Any) -> dict[str, Any]:
         name = self.config.tracking.experiment
         experiment = client.get_experiment_by_name(name)
+        if experiment is not None and experiment.lifecycle_stage == "deleted":
+            raise UserError(f"tracking.experiment={name} is deleted; restore it, or name another")
         identifier = (
             experiment.experiment_id if experiment else client.create_experiment(name, _artifacts_of(self.config))
         )
+        # A server that creates the run and fails to say so is asked again: the tag finds what the first call made.
+        made = client.search_runs([identifier], f"tags.start_id = '{self._start_id}'", max_results=1)
         label = f"{self.config.run.name}-seed{self.config.seed}"
-        run = client.create_run(identifier, run_name=label)
+        run = made[0] if made else client.create_run(identifier, run_name=label, tags={"start_id": self._start_id})
         cursor = {
-            "uri": self.config.tracking.uri,
+            "uri": self.uri,
             "experiment_id": identifier,
             "run_id": run.info.run_id,
             "sent_bytes": 0,
@@ -183,7 +213,7 @@ class MlflowTracker(Tracker):
 
         run_id = self._cursor["run_id"]
         known = client.get_run(run_id)
-        ours = {key: str(value)[:6000] for key, value in flatten(asdict(self.config)).items()}
+        ours = {_key(key): redacted(str(value))[:6000] for key, value in flatten(asdict(self.config)).items()}
         attempt = read_status(self.run_dir).get("attempt", 1)
         tags = dict(self.tags)
         tags |= {
@@ -194,7 +224,7 @@ class MlflowTracker(Tracker):
         params = [Param(key, value) for key, value in ours.items() if key not in known.data.params]
         for i in range(0, len(params), 100):
             client.log_batch(run_id, params=params[i : i + 100])
-        client.log_batch(run_id, tags=[RunTag(key, str(value)[:5000]) for key, value in tags.items()])
+        client.log_batch(run_id, tags=[RunTag(key, redacted(str(value))[:5000]) for key, value in tags.items()])
         if not known.inputs or not known.inputs.dataset_inputs:
             data = self.dataset
             profile = {"images": data.count, "classes": len(data.class_names), "image_size": data.image_size}
@@ -214,6 +244,8 @@ class MlflowTracker(Tracker):
         file = self.run_dir / "metrics.jsonl"
         if not file.exists():
             return
+        if file.stat().st_size < self._cursor["sent_bytes"]:  # another file than the one that was sent
+            self._cursor["sent_bytes"] = 0
         with file.open("rb") as stream:
             stream.seek(self._cursor["sent_bytes"])
             data = stream.read()
@@ -221,30 +253,41 @@ class MlflowTracker(Tracker):
         points: list[Metric] = []
         sent = self._cursor["sent_bytes"]
         for line in whole.splitlines(keepends=True):
-            row = json.loads(line)
-            stamp = int(row["time"] * 1000)
-            points += [Metric(key, value, stamp, row["step"]) for key, value in numbers(row).items()]
             sent += len(line)
+            try:
+                row = json.loads(line)
+                stamp, step = int(row["time"] * 1000), int(row["step"])
+            except (ValueError, KeyError, TypeError):  # torn by a full disk, say: readers of the file skip it too
+                continue
+            points += [Metric(_key(key), value, stamp, step) for key, value in numbers(row).items()]
             if len(points) > POINTS - 100:
                 self._flush(points, sent)
                 points = []
-        if points:
+        if sent != self._cursor["sent_bytes"]:
             self._flush(points, sent)
 
     def _flush(self, points: list, sent: int) -> None:
-        self._client.log_batch(self._cursor["run_id"], metrics=points)
+        if points:
+            self._client.log_batch(self._cursor["run_id"], metrics=points)
         self._cursor["sent_bytes"] = sent
         self._save(self._cursor)
 
     def _send_artifacts(self) -> None:
-        while self._artifacts:
-            path, folder = self._artifacts[0]
-            key = f"{folder}/{path.name}:{path.stat().st_mtime_ns}" if path.exists() else None
-            if key is not None and key not in self._cursor["sent_files"]:
-                self._client.log_artifact(self._cursor["run_id"], str(path), folder or None)
-                self._cursor["sent_files"].append(key)
-                self._save(self._cursor)
-            self._artifacts.pop(0)
+        """Every file that is due; one that fails does not hold up the others, and is tried again."""
+        failure: Exception | None = None
+        for item in list(self._artifacts):
+            path, folder = item
+            try:
+                key = f"{folder}/{path.name}:{path.stat().st_mtime_ns}" if path.exists() else None
+                if key is not None and key not in self._cursor["sent_files"]:
+                    self._client.log_artifact(self._cursor["run_id"], str(path), folder or None)
+                    self._cursor["sent_files"].append(key)
+                    self._save(self._cursor)
+                self._artifacts.remove(item)
+            except Exception as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
 
     def _save(self, cursor: dict[str, Any]) -> None:
         write_atomically(self.run_dir / CURSOR, json.dumps(cursor, indent=1))
@@ -268,6 +311,17 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def redacted(text: str) -> str:
+    """`text` without the passwords of the URIs in it: `://me:secret@host` and `?password=secret`."""
+    text = re.sub(r"(://[^:/@\s]*):\S*@", r"\1:***@", text)
+    return re.sub(r"(?i)([?&]\w*(?:password|passwd|pwd|token|secret)=)[^&\s]*", r"\1***", text)
+
+
+def _key(name: str) -> str:
+    """A name that MLflow takes."""
+    return re.sub(r"[^\w\-. :/]", "_", name)
 
 
 def _artifacts_of(config: Config) -> str | None:

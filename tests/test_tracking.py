@@ -4,6 +4,7 @@ import json
 import logging
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from launching import free_port
 
 from repa_scale.config import Config
 from repa_scale.pictures import save_sheet
-from repa_scale.tracking import Tracker, flatten, numbers, open_tracker
+from repa_scale.tracking import Tracker, flatten, numbers, open_tracker, redacted
 
 mlflow = pytest.importorskip("mlflow")
 
@@ -186,6 +187,98 @@ def test_a_server_that_never_comes_does_not_hold_up_the_end(tmp_path, monkeypatc
     assert history(uri, json.loads((run / "mlflow.json").read_text())["run_id"], "loss") == {1: 1 / 3}
 
 
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """The URI of one SQLite store for the tests that need no store of their own."""
+    return f"sqlite:///{tmp_path_factory.mktemp('store')}/store.db"
+
+
+def sent_run(uri, folder):
+    """A run that was sent and finished: (client, run id)."""
+    open_tracker(config_for(uri), folder, TAGS, DATA).finish("completed")
+    return mlflow.MlflowClient(uri), json.loads((folder / "mlflow.json").read_text())["run_id"]
+
+
+def test_the_end_is_seen_even_between_two_looks(store, tmp_path):
+    run = make_run(tmp_path / "run")
+    write_rows(run, [1])
+    tracker = open_tracker(config_for(store), run, TAGS, DATA)
+    wait_for(lambda: (run / "mlflow.json").exists() and json.loads((run / "mlflow.json").read_text())["sent_files"])
+
+    class EndsWhileCleared(threading.Event):
+        def clear(self):
+            tracker._final = "completed"
+            self.set()
+            super().clear()
+
+    waiting, tracker._wake = tracker._wake, EndsWhileCleared()
+    waiting.set()
+    assert tracker._drained.wait(20), "the thread sleeps on an end that was already announced"
+
+
+def test_a_run_deleted_in_mlflow_is_made_anew(store, tmp_path):
+    run = make_run(tmp_path / "run")
+    rows = write_rows(run, [1, 3])
+    client, first = sent_run(store, run)
+    client.delete_run(first)
+    _, second = sent_run(store, run)
+    assert second != first and history(store, second, "loss") == {row["step"]: row["loss"] for row in rows}
+
+
+def test_a_damaged_line_and_a_replaced_file_do_not_stop_the_rest(store, tmp_path):
+    run = make_run(tmp_path / "run")
+    rows = write_rows(run, [1])
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "ti{"step": 2}\n[]\n{"step": 2}\n')
+    rows += write_rows(run, [3])
+    _, run_id = sent_run(store, run)
+    assert history(store, run_id, "loss") == {row["step"]: row["loss"] for row in rows}
+    (run / "metrics.jsonl").unlink()
+    rows += write_rows(run, [4])
+    assert sent_run(store, run)[1] == run_id
+    assert history(store, run_id, "loss") == {row["step"]: row["loss"] for row in rows}
+
+
+def test_files_that_the_store_refuses_do_not_hide_how_the_run_ended(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("repa_scale.tracking.FINISH_SECONDS", 3.0)
+    uri = f"sqlite:///{tmp_path}/store.db"
+    (tmp_path / "a_file").write_text("")
+    mlflow.MlflowClient(uri).create_experiment("tests", f"file://{tmp_path}/a_file/below")
+    run = make_run(tmp_path / "run")
+    write_rows(run, [1])
+    with caplog.at_level(logging.WARNING, logger="repa_scale"):
+        client, run_id = sent_run(uri, run)
+    assert client.get_run(run_id).info.status == "FINISHED" and history(uri, run_id, "loss") == {1: 1 / 3}
+    assert "0 rows and 1 files are not sent" in caplog.text
+
+
+def test_a_creation_whose_answer_was_lost_is_not_repeated(store, tmp_path):
+    run = make_run(tmp_path / "run")
+    tracker = open_tracker(config_for(store), run, TAGS, DATA)
+    tracker.finish("completed")
+    cursor = json.loads((run / "mlflow.json").read_text())
+    assert tracker._create_run(mlflow.MlflowClient(store))["run_id"] == cursor["run_id"]
+
+
+def test_passwords_stay_out_of_everything(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("repa_scale.tracking.FINISH_SECONDS", 1.0)
+    run = make_run(tmp_path / "run")
+    port = free_port()
+    with caplog.at_level(logging.DEBUG, logger="repa_scale"):
+        tracker = open_tracker(config_for(f"http://me:hush@127.0.0.1:{port}"), run, TAGS, DATA)
+        wait_for(lambda: "training goes on" in caplog.text)
+        tracker.finish("failed")
+    assert str(port) in caplog.text and "hush" not in caplog.text
+    monkeypatch.setattr("repa_scale.tracking.FINISH_SECONDS", 30.0)
+    uri = f"sqlite:///{tmp_path}/store.db?password=hush"  # SQLite takes it for a part of the address
+    tags = {**TAGS, "command": f"repa-scale train tracking.uri={uri} x=http://me:hush@host"}
+    open_tracker(config_for(uri), run, tags, DATA).finish("completed")
+    cursor = (run / "mlflow.json").read_text()
+    stored = mlflow.MlflowClient(f"sqlite:///{tmp_path}/store.db").get_run(json.loads(cursor)["run_id"]).data
+    assert stored.params["tracking.uri"].endswith("?password=***")
+    assert "hush" not in cursor + str(stored.params) + str(stored.tags)
+
+
 def test_tracking_can_be_off(tmp_path):
     tracker = open_tracker(config_for("none"), tmp_path, {}, None)
     assert type(tracker) is Tracker
@@ -196,4 +289,6 @@ def test_tracking_can_be_off(tmp_path):
 
 def test_small_helpers():
     assert flatten({"a": {"b": 1, "c": {"d": 2}}, "e": 3}) == {"a.b": 1, "a.c.d": 2, "e": 3}
+    assert redacted("postgresql://me:p@ss/w@host/db") == "postgresql://me:***@host/db"
+    assert redacted("see http://host:5000/api and a@b") == "see http://host:5000/api and a@b"
     assert numbers({"step": 1, "time": 2.0, "loss": 3, "x": float("inf"), "s": "text"}) == {"loss": 3.0}
