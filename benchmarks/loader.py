@@ -1,23 +1,22 @@
-"""Images/s of the loader alone, against reading the same bytes as plain files and decoding them with Pillow.
+"""Images per second of the loader alone, against reading the same bytes from plain files and decoding them with Pillow.
 
-Both read the same encoded samples in the same order, in this process and then in as many processes on each side; they
-take turns, round by round, in one call, and the median round counts. The plain readers keep what they decode to
-themselves; the loader also puts it together to batches, and hands those of its workers to this process.
+Both decode every image to RGB pixels in one process, in the same random order, in turns. Goal: at least 0.9.
 
-    python -m benchmarks.loader SOURCE --size 256 --format jpeg --workers 0 2
+    python -m benchmarks.loader            photographs if there are any (REPA_SCALE_DATA), else pictures made here
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
+import io
+import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 from benchmarks.rows import write_row
@@ -26,107 +25,86 @@ from repa_scale.data.order import sample_at
 from repa_scale.prepare import main as prepare
 
 GOAL = 0.9
+BATCH = 32
+CASES = (  # name, archive, size, format, images a round
+    ("CIFAR-10, 32 px PNG", "cifar10_train.zip", 32, "png", 8000),
+    ("photographs, 256 px JPEG", "imagenet_samples.zip", 256, "jpeg", 800),
+)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", nargs="?", default="digits", help="what `repa-scale prepare` takes (default: digits)")
-    parser.add_argument("--size", type=int, default=256)
-    parser.add_argument("--format", choices=("png", "jpeg"), default="jpeg")
-    parser.add_argument("--limit", type=int, default=1000, help="images of the source (default: 1000)")
-    parser.add_argument("--images", type=int, default=1024, help="read by each side in a round (default: 1024)")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        words = ["--size", str(args.size), "--format", args.format, "--limit", str(args.limit)]
-        prepare([args.source, "--out", f"{folder}/set", *words])
-        dataset = open_dataset(f"{folder}/set")
-        files = write_files(dataset, Path(folder) / "files")
-        steps = args.images // args.batch
-        order = sample_at(torch.arange(steps * args.batch), dataset.count, 0, dataset.fingerprint).tolist()
-        paths = [files[number] for number in order]
-        row = {}
-        for workers in args.workers:
-            rates: dict[str, list[float]] = {"plain": [], "loader": []}
-            for round_number in range(args.rounds + 1):
-                for side in sorted(rates, reverse=bool(round_number % 2)):
-                    if side == "plain":
-                        rate = plain(paths, workers)
-                    else:
-                        rate = loader(dataset, steps, args.batch, workers)
-                    if round_number:  # the first round warms the page cache
-                        rates[side].append(rate)
-            medians = {side: statistics.median(values) for side, values in rates.items()}
-            ratio = medians["loader"] / medians["plain"]
-            row[f"workers_{workers}"] = {**medians, "ratio": ratio}
-            print(
-                f"{workers} workers: loader {medians['loader']:,.0f} images/s, "
-                f"plain files and Pillow {medians['plain']:,.0f}, ratio {ratio:.3f} (goal {GOAL})"
+    data = Path(os.environ.get("REPA_SCALE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+    rows = []
+    for name, archive, size, kind, images in CASES:
+        with tempfile.TemporaryDirectory() as folder:
+            source = data / archive if (data / archive).exists() else made_here(Path(folder) / "made", size)
+            prepare([str(source), "--out", f"{folder}/set", "--size", str(size), "--format", kind])
+            rows.append(
+                {"case": name, "source": source.name, **compare(open_dataset(f"{folder}/set"), images, args.rounds)}
             )
-    settings = {key: getattr(args, key) for key in ("size", "format", "images", "batch", "rounds")}
-    sample_bytes = sum(shard.bytes for shard in dataset.reader.shards) // dataset.count
-    write_row("loader", {**row, **settings, "source": dataset.name, "bytes_per_sample": sample_bytes, "goal": GOAL})
+        row = rows[-1]
+        print(
+            f"{name}: loader {row['loader']:.0f} images/s, plain files and Pillow {row['plain']:.0f}, "
+            f"ratio {row['ratio']:.3f} (goal {GOAL})"
+        )
+    write_row("loader", {"rows": rows, "goal": GOAL, "batch": BATCH})
 
 
-def write_files(dataset: DataSet, folder: Path) -> list[str]:
-    """The samples' files, as they stand in the shards, one by one."""
-    folder.mkdir()
-    paths = []
-    for number in range(dataset.count):
-        paths.append(str(folder / f"{number:06d}"))
-        Path(paths[-1]).write_bytes(dataset.reader[number]["image"])
-    return paths
+def compare(dataset: DataSet, images: int, rounds: int) -> dict[str, float]:
+    """Images per second of both ways: medians of rounds taken in turn."""
+    dataset.verify()
+    with tempfile.TemporaryDirectory() as folder:
+        files = []
+        for number in range(dataset.count):
+            path = Path(folder) / str(number)
+            path.write_bytes(dataset.reader[number]["image"])
+            files.append(path)
+        steps = images // BATCH
+        ways: dict[str, Callable[[int], None]] = {
+            "loader": lambda r: with_loader(dataset, r * steps, steps),
+            "plain": lambda r: with_files(dataset, files, r * steps, steps),
+        }
+        rates: dict[str, list[float]] = {name: [] for name in ways}
+        for number in range(rounds + 1):  # the first warms the page cache
+            for name in sorted(ways, reverse=bool(number % 2)):
+                began = time.perf_counter()
+                ways[name](number)
+                if number:
+                    rates[name].append(steps * BATCH / (time.perf_counter() - began))
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    return {**medians, "ratio": medians["loader"] / medians["plain"]}
 
 
-def plain(paths: list[str], workers: int) -> float:
-    """Images/s of reading and decoding `paths`, by this process or shared by `workers` others."""
-    if workers == 0:
-        began = time.perf_counter()
-        read(paths)
-        return len(paths) / (time.perf_counter() - began)
-    context = multiprocessing.get_context("fork")
-    start, end = context.Barrier(workers + 1), context.Barrier(workers + 1)
-    shares = [paths[i::workers] for i in range(workers)]
-    pool = [context.Process(target=_read_between, args=(share, start, end), daemon=True) for share in shares]
-    for process in pool:
-        process.start()
-    start.wait(60)
-    began = time.perf_counter()
-    end.wait(600)
-    seconds = time.perf_counter() - began
-    for process in pool:
-        process.join(60)
-    return len(paths) / seconds
-
-
-def _read_between(paths: list[str], start, end) -> None:
-    start.wait(60)
-    read(paths)
-    end.wait(600)
-
-
-def read(paths: list[str]) -> None:
-    for path in paths:
-        with open(path, "rb") as file, Image.open(file) as image:
-            np.asarray(image.convert("RGB"))
-
-
-def loader(dataset: DataSet, steps: int, batch: int, workers: int) -> float:
-    """Images/s of `steps` batches; with workers, after the first one each has come (their start is not counted)."""
-    skipped = workers and 4 * workers
-    source = Batches(dataset, seed=0, global_batch=batch, rank=0, world=1, workers=workers, start_step=0)
+def with_loader(dataset: DataSet, start: int, steps: int) -> None:
+    source = Batches(dataset, seed=0, global_batch=BATCH, rank=0, world=1, workers=0, start_step=start)
     stream = iter(source)
-    for _ in range(skipped):
-        next(stream)
-    began = time.perf_counter()
     for _ in range(steps):
         next(stream)
-    seconds = time.perf_counter() - began
     source.close()
-    return steps * batch / seconds
+
+
+def with_files(dataset: DataSet, files: list[Path], start: int, steps: int) -> None:
+    """The least that one could write: open, read, decode, stack."""
+    import torch
+
+    for step in range(start, start + steps):
+        positions = torch.arange(step * BATCH, (step + 1) * BATCH)
+        numbers = sample_at(positions, dataset.count, 0, dataset.fingerprint).tolist()
+        pictures = [np.asarray(Image.open(io.BytesIO(files[i].read_bytes())).convert("RGB")) for i in numbers]
+        torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+
+
+def made_here(folder: Path, size: int) -> Path:
+    """Smooth random pictures in one class folder, where no real ones are at hand."""
+    (folder / "made").mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for i in range(400):
+        coarse = Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        coarse.resize((size, size), Image.Resampling.BICUBIC).save(folder / "made" / f"{i}.png")
+    return folder
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ class Stopwatch:
 
 
 def bare_loop(config: Config, batch: Precomputed, device: torch.device, dtype: torch.dtype):
-    """What one would write by hand: torch's own random numbers, losses, clipping, AdamW and EMA. fp32 master weights."""
+    """What one would write by hand: torch's own random numbers, losses, clipping, AdamW and EMA; fp32 masters."""
     objective = build_objective(config).to(device)
     initialize(objective, seed=0)
     masters = [p.detach().clone() for p in objective.parameters()]

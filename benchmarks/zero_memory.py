@@ -1,7 +1,7 @@
 """Bytes that stay on a rank after a step under ZeRO-3, a parameter, against the arithmetic; and the peak of the start.
 
-Theory a parameter over all ranks: weights 2 (bf16) or 4 (fp32), gradients 4 or 2, fp32 master 4, Adam's moments 8, EMA 4.
-DeepSpeed's buckets do not shrink with the ranks and are listed apart, as are the peaks during build and step.
+Theory a parameter over all ranks: weights 2 (bf16) or 4 (fp32), gradients 4 or 2, fp32 master 4, Adam's moments 8,
+EMA 4. DeepSpeed's buckets do not shrink with the ranks and are listed apart, as are the peaks during build and step.
 
     python -m benchmarks.zero_memory            1, 2 and 4 processes, three settings
 """
@@ -51,8 +51,9 @@ def main() -> None:
             rows.append({"setting": name, "processes": processes, "theory": want, "measured": got, "ranks": ranks})
             first = ranks[0]
             print(
-                f"{name:30s} {processes} processes: {got:6.3f} bytes a parameter, theory {want:6.3f} ({got / want - 1:+.1%}); "
-                f"apart: buckets {first['bucket_bytes'] / 1e6:.0f} MB, other {first['other_bytes'] / 1e6:.0f} MB, "
+                f"{name:30s} {processes} processes: {got:6.3f} bytes a parameter, theory {want:6.3f} "
+                f"({got / want - 1:+.1%}); apart: buckets {first['bucket_bytes'] / 1e6:.0f} MB, "
+                f"other {first['other_bytes'] / 1e6:.0f} MB, "
                 f"step's peak {first['step_peak_bytes'] / 1e6:.0f} MB; building took at most {full:.2f} models"
             )
     worst = max(abs(row["measured"] / row["theory"] - 1) for row in rows)
@@ -79,7 +80,9 @@ def start(model: str, precision: str, gradients: str, processes: int) -> list[di
             }
             command = [sys.executable, "-m", "benchmarks.zero_memory", "--model", model]
             command += ["--worker", f"{precision},{gradients},{folder}"]
-            workers.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL))
+            workers.append(
+                subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+            )
         for process in workers:
             _, errors = process.communicate(timeout=900)
             if process.returncode:
@@ -110,17 +113,25 @@ def worker(model: str, precision: str, gradients: str, folder: str) -> None:
 
     baseline = watermark(ranks.device)
     engine = Engine(
-        lambda: build_objective(config), settings, ranks, learning_rate=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
-    )  # fmt: skip
+        lambda: build_objective(config),
+        settings,
+        ranks,
+        learning_rate=1e-4,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=0.0,
+    )
     built = peak(ranks.device) - baseline
     engine.write(lambda name, shape, start, stop: initial_values(name, shape, start, stop, 0))
     ema = ShardEma([shard.master for shard in engine.shards], 0.9999)
     watermark(ranks.device)
     for _ in range(2):
         x = torch.randn(1, 4, 32, 32, device=ranks.device)
-        tokens = engine.module.model.grid ** 2
+        tokens = engine.module.model.grid**2
         target = {"repa": torch.randn(1, tokens, 768, device=ranks.device)}
-        losses = engine(x, torch.rand(1, device=ranks.device), torch.zeros(1, dtype=torch.int64, device=ranks.device), x, target)
+        losses = engine(
+            x, torch.rand(1, device=ranks.device), torch.zeros(1, dtype=torch.int64, device=ranks.device), x, target
+        )
         engine.backward(total(losses, {"repa": 0.5}))
         engine.step(1e-4)
         ema.update()
@@ -158,7 +169,9 @@ def classified(engine, ema) -> tuple[int, int, int]:
             sizes[storage.data_ptr()] = storage.nbytes()
     owned = {tensor.untyped_storage().data_ptr() for tensor in state}
     state_bytes = sum(size for pointer, size in sizes.items() if pointer in owned)
-    bucket_tensors = [bucket.buffer for bucket in getattr(optimizer, "ipg_buckets", {}).values() if bucket.buffer is not None]
+    bucket_tensors = [
+        bucket.buffer for bucket in getattr(optimizer, "ipg_buckets", {}).values() if bucket.buffer is not None
+    ]
     pointers = {t.untyped_storage().data_ptr() for t in bucket_tensors} - owned
     buckets = sum(sizes.get(pointer, 0) for pointer in pointers)
     return state_bytes, buckets, sum(sizes.values()) - state_bytes - buckets

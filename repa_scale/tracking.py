@@ -23,6 +23,7 @@ from typing import Any
 from repa_scale.checkpoint import write_atomically
 from repa_scale.config import Config
 from repa_scale.errors import UserError, reason
+from repa_scale.redact import redacted
 from repa_scale.run_folder import read_status
 
 STATUS = {"completed": "FINISHED", "preempted": "KILLED", "failed": "FAILED", "diverged": "FAILED"}
@@ -311,12 +312,6 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def redacted(text: str) -> str:
-    """`text` without the passwords of the URIs in it: `://me:secret@host` and `?password=secret`."""
-    text = re.sub(r"(://[^:/@\s]*):\S*@", r"\1:***@", text)
-    return re.sub(r"(?i)([?&]\w*(?:password|passwd|pwd|token|secret)=)[^&\s]*", r"\1***", text)
 
 
 def _key(name: str) -> str:

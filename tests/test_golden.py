@@ -214,7 +214,6 @@ if PREPROCESS.exists():  # a set of other configurations need not bring pictures
 
     def test_the_input_of_dinov2_is_the_public_one():
         from repa_scale.encoders import preprocess
-
         from repa_scale.sizes import encoder_spec
 
         numbers = load_file(PREPROCESS)

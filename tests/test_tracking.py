@@ -14,7 +14,8 @@ from launching import free_port
 
 from repa_scale.config import Config
 from repa_scale.pictures import save_sheet
-from repa_scale.tracking import Tracker, flatten, numbers, open_tracker, redacted
+from repa_scale.redact import redacted
+from repa_scale.tracking import Tracker, flatten, numbers, open_tracker
 
 mlflow = pytest.importorskip("mlflow")
 

@@ -6,9 +6,11 @@ import argparse
 import json
 from pathlib import Path
 
-from repa_scale.errors import ConfigError, DataError, ExitCode
+from repa_scale.errors import ConfigError, DataError, ExitCode, require
 
 EXAMPLE = "repa-scale compare --uri sqlite:///mlflow.db --experiment repa_scale --out report"
+
+DEFAULT_URI = "sqlite:///mlflow.db"
 
 
 def main(argv: list[str]) -> int:
@@ -16,13 +18,17 @@ def main(argv: list[str]) -> int:
     from repa_scale.compare.numbers import comparison
     from repa_scale.compare.page import page, sentence
     from repa_scale.compare.read import find_pair, open_store, read_run
+    from repa_scale.redact import redacted
 
     args = _parse(argv)
-    client = open_store(args.uri)
-    ids = args.runs or find_pair(client, args.experiment, args.pair)
-    first, second = (read_run(client, run_id) for run_id in map(_run_id, ids))
+    require("plotly", "eval")
+    uri = args.uri or _uri_of(args.runs or [])
+    client = open_store(uri)
+    ids = map(_run_id, args.runs) if args.runs else find_pair(client, args.experiment, args.pair)
+    first, second = (read_run(client, run_id) for run_id in ids)
     repa, baseline = (second, first) if first.method == "baseline" else (first, second)
-    result = {"uri": args.uri, "experiment": args.experiment, **comparison(repa, baseline)}
+    experiment = None if args.runs else args.experiment
+    result = {"uri": redacted(uri), "experiment": experiment, **comparison(repa, baseline)}
     text = page(result, {"repa": repa, "baseline": baseline})
     out = Path(args.out)
     try:
@@ -39,18 +45,33 @@ def main(argv: list[str]) -> int:
 
 def _run_id(given: str) -> str:
     """A run id, or a run folder that says which one is its own."""
-    file = Path(given) / "mlflow.json"
-    if not Path(given).is_dir():
-        return given
+    return _cursor(given)["run_id"] if Path(given).is_dir() else given
+
+
+def _uri_of(runs: list[str]) -> str:
+    """The store that the run folders among `runs` were tracked in; without any, the default of tracking.uri."""
+    uris = {given: _cursor(given)["uri"] for given in runs if Path(given).is_dir()}
+    if len(set(uris.values())) > 1:
+        lines = ", ".join(f"{given} in {uri}" for given, uri in uris.items())
+        raise DataError(
+            f"--runs {' '.join(runs)} were tracked in different stores ({lines}); compare runs of one store"
+        )
+    return next(iter(uris.values()), DEFAULT_URI)
+
+
+def _cursor(folder: str) -> dict[str, str]:
+    file = Path(folder) / "mlflow.json"
     try:
-        return json.loads(file.read_text())["run_id"]
-    except (OSError, ValueError, KeyError):
-        raise DataError(f"--runs {given}: {file} does not say which MLflow run it is; was tracking off?") from None
+        found = json.loads(file.read_text())
+        return {key: found[key] for key in ("run_id", "uri")}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DataError(f"--runs {folder}: {file} does not say which MLflow run it is; was tracking off?") from None
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="repa-scale compare", description=__doc__, epilog=f"example: {EXAMPLE}")
-    parser.add_argument("--uri", default="sqlite:///mlflow.db", help="the runs' tracking.uri (default: %(default)s)")
+    store = f"the runs' tracking.uri (default: that of the run folders given, or {DEFAULT_URI})"
+    parser.add_argument("--uri", default="", help=store)
     parser.add_argument("--experiment", default="repa_scale", help="default: %(default)s")
     parser.add_argument("--pair", default="", help="pair id; default: the newest pair of the experiment")
     parser.add_argument("--runs", nargs=2, metavar=("REPA", "BASELINE"), help="two run ids or run folders instead")

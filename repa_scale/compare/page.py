@@ -10,9 +10,16 @@ from repa_scale.compare.read import RunData
 from repa_scale.errors import require
 
 COLOURS = {"repa": "#0b6e99", "baseline": "#c2571a"}
-NAMES = {"repa": "REPA", "baseline": "baseline"}
+RUNS = ("repa", "baseline")  # the keys of both runs in every part of the result
+SHARES = {
+    "encoder_share": ("encoder", "#0b6e99"),
+    "alignment_share": ("alignment", "#5aa9c9"),
+    "latent_share": ("latents", "#8a6bbf"),
+    "data_wait_share": ("waiting for data", "#c2571a"),
+}
 TITLES = {
     "denoising_loss": "Denoising loss",
+    "loss": "Training loss (denoising and weighted alignment)",
     "alignment_loss": "Alignment loss (minus the mean cosine)",
     "grad_norm": "Gradient norm",
     "images_per_second": "Images per second",
@@ -25,17 +32,25 @@ def page(result: dict[str, Any], runs: dict[str, RunData]) -> str:
     require("plotly", "eval")
     from plotly.offline import get_plotlyjs
 
+    names = {key: result["runs"][key]["label"] for key in RUNS}
     body = "\n".join(
         [
-            f"<h1>REPA against baseline</h1>\n<p class=lead>{html.escape(sentence(result))}</p>",
+            f"<h1>{html.escape(' against '.join(names.values()))}</h1>",
+            f"<p>{_header(result)}</p>",
+            f"<p class=lead>{html.escape(sentence(result))}</p>",
             _warnings(result["warnings"]),
-            _summary(result),
-            "<h2>Curves</h2>",
-            *(_charts(result["curves"], metric) for metric in TITLES if result["curves"].get(metric)),
+            _summary(result, names),
             "<h2>Samples of the EMA weights</h2>",
-            _grids(runs),
+            _grids(runs, names),
+            "<h2>Curves</h2>",
+            "<p>Thin: as logged. Thick: smoothed. Time counts training alone, not what passed between attempts.</p>",
+            *(_charts(result["curves"], metric, names) for metric in TITLES if result["curves"].get(metric)),
+            "<h2>Where the time of a step goes</h2>",
+            _shares(result["summary"], names),
             "<h2>Settings</h2>",
-            _settings(result["settings"]),
+            _settings(result["settings"], names, "settings"),
+            "<h2>Tags</h2>",
+            _settings(result["tags"], names, "tags"),
         ]
     )
     return TEMPLATE.replace("{{plotly}}", get_plotlyjs()).replace("{{body}}", body)
@@ -47,21 +62,35 @@ def sentence(result: dict[str, Any]) -> str:
     if losses["step"] is None:
         return "The two runs have no logged step in common, so their losses cannot be compared."
     ours, theirs = losses["repa_mean"], losses["baseline_mean"]
-    word = "lower" if ours < theirs else "higher"
+    first, second = (result["runs"][key]["label"] for key in RUNS)
     rows = "row" if losses["rows"] == 1 else f"{losses['rows']} rows"
-    return (
-        f"Over the last logged {rows} up to step {losses['step']}, the denoising loss is {ours:.5g} with REPA and "
-        f"{theirs:.5g} without: {abs(ours / theirs - 1):.2%} {word} with REPA. One run of each is no verdict."
-    )
+    text = f"Over the last logged {rows} up to step {losses['step']}, the denoising loss is {ours:.5g} ({first}) and "
+    text += f"{theirs:.5g} ({second}): "
+    if ours == theirs:
+        return text + "equal."
+    share = f"{abs(ours / theirs - 1):.2%} " if theirs else ""
+    return text + f"{share}{'lower' if ours < theirs else 'higher'} with {first}. One run of each is no verdict."
+
+
+def _header(result: dict[str, Any]) -> str:
+    """Which runs these are."""
+    parts = []
+    for key in RUNS:
+        run = result["runs"][key]
+        model, seed = run["tags"].get("model", "model unknown"), run["tags"].get("seed", "unknown")
+        text = html.escape(f"{run['name']} ({model}, seed {seed}, {run['status']})")
+        parts.append(f'<b style="color:{COLOURS[key]}">{html.escape(run["label"])}</b>: {text}')
+    return "<br>".join(parts)
 
 
 def _warnings(warnings: list[str]) -> str:
     return "".join(f"<p class=warn>{html.escape(text)}</p>" for text in warnings)
 
 
-def _summary(result: dict[str, Any]) -> str:
+def _summary(result: dict[str, Any], names: dict[str, str]) -> str:
     rows = (
         ("Last logged step", "last_step", "{:d}"),
+        ("Attempts (starts of the run)", "attempts", "{:d}"),
         ("Seconds of training", "seconds", "{:.1f}"),
         ("Images per second", "images_per_second", "{:.1f}"),
         ("Seconds a step", "step_seconds", "{:.4f}"),
@@ -73,13 +102,13 @@ def _summary(result: dict[str, Any]) -> str:
     )
     lines = []
     for title, key, form in rows:
-        cells = "".join(f"<td>{_number(result['summary'][run][key], form)}</td>" for run in NAMES)
+        cells = "".join(f"<td>{_number(result['summary'][run][key], form)}</td>" for run in RUNS)
         lines.append(f"<tr><th>{title}</th>{cells}</tr>")
     losses = result["losses"]
     if losses["step"] is not None:
-        cells = "".join(f"<td>{losses[run]:.6f}</td>" for run in NAMES)
+        cells = "".join(f"<td>{losses[run]:.6f}</td>" for run in RUNS)
         lines.append(f"<tr><th>Denoising loss at step {losses['step']}</th>{cells}</tr>")
-    heads = "".join(f'<th style="color:{COLOURS[run]}">{name}</th>' for run, name in NAMES.items())
+    heads = "".join(f'<th style="color:{COLOURS[run]}">{html.escape(name)}</th>' for run, name in names.items())
     return f"<table><tr><th></th>{heads}</tr>{''.join(lines)}</table>"
 
 
@@ -89,37 +118,71 @@ def _number(value: float | None, form: str) -> str:
     return f"{value / 1e9:.2f}" if form == "gb" else form.format(value)
 
 
-def _charts(curves: dict[str, dict], metric: str) -> str:
+def _charts(curves: dict[str, dict], metric: str, names: dict[str, str]) -> str:
     """One metric over steps and over time."""
-    charts = "".join(_chart(curves[metric], metric, axis, label) for axis, label in ((0, "step"), (1, "seconds")))
+    charts = "".join(_chart(curves[metric], metric, names, *axis) for axis in ((0, "step"), (1, "seconds")))
     return f"<div class=pair>{charts}</div>"
 
 
-def _chart(curves: dict[str, list], metric: str, axis: int, label: str) -> str:
+def _chart(curves: dict[str, list], metric: str, names: dict[str, str], axis: int, label: str) -> str:
     import plotly.graph_objects as graph
 
     figure = graph.Figure()
     for run, points in curves.items():
         x, y = [point[axis] for point in points], [point[2] for point in points]
+        common = {"x": x, "legendgroup": run}
         colour = COLOURS[run]
-        figure.add_scatter(x=x, y=y, name=NAMES[run], line={"color": colour, "width": 1}, opacity=0.45, legendgroup=run)
-        smooth = smoothed(y)
         figure.add_scatter(
-            x=x, y=smooth, name=f"{NAMES[run]}, smoothed", line={"color": colour, "width": 2.5}, legendgroup=run
+            y=y,
+            name=f"{names[run]}, as logged",
+            line={"color": colour, "width": 1},
+            opacity=0.4,
+            showlegend=False,
+            **common,
         )
+        figure.add_scatter(y=smoothed(y), name=names[run], line={"color": colour, "width": 2.5}, **common)
     figure.update_layout(
         title=f"{TITLES[metric]} over {'steps' if axis == 0 else 'time'}",
-        height=HEIGHT,
-        margin={"l": 55, "r": 10, "t": 45, "b": 40},
         xaxis_title=label,
+        legend={"orientation": "h", "y": -0.25},
+        showlegend=True,
+    )
+    return _drawn(figure, HEIGHT)
+
+
+def _shares(summary: dict[str, dict], names: dict[str, str]) -> str:
+    """A bar a run: the measured phases, and the rest of the step (the backbone's forward and backward, the update)."""
+    import plotly.graph_objects as graph
+
+    figure = graph.Figure()
+    runs = list(reversed(RUNS))  # plotly draws from below
+    for share, (name, colour) in SHARES.items():
+        values = [summary[run][share] for run in runs]
+        figure.add_bar(x=values, y=[names[run] for run in runs], name=name, orientation="h", marker={"color": colour})
+    rest = [max(0.0, 1 - sum(summary[run][share] for share in SHARES)) for run in runs]
+    figure.add_bar(
+        x=rest, y=[names[run] for run in runs], name="rest of the step", orientation="h", marker={"color": "#9a9a9a"}
+    )
+    figure.update_layout(
+        barmode="stack", xaxis_tickformat=".0%", legend={"orientation": "h", "y": -0.3, "traceorder": "normal"}
+    )
+    return _drawn(figure, 220)
+
+
+def _drawn(figure: Any, height: int) -> str:
+    """A chart without a colour of its own behind it, readable on a light and on a dark page."""
+    figure.update_layout(
+        height=height,
+        margin={"l": 60, "r": 10, "t": 45, "b": 40},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"color": "#808080"},
-        legend={"orientation": "h", "y": -0.25},
     )
-    figure.update_xaxes(gridcolor="rgba(128,128,128,.25)")
-    figure.update_yaxes(gridcolor="rgba(128,128,128,.25)")
-    return f"<div>{figure.to_html(full_html=False, include_plotlyjs=False, config={'displaylogo': False})}</div>"
+    grid = {"gridcolor": "rgba(128,128,128,.25)", "zerolinecolor": "rgba(128,128,128,.4)"}
+    figure.update_xaxes(**grid)
+    figure.update_yaxes(**grid)
+    options = {"displaylogo": False, "responsive": True}
+    return f"<div>{figure.to_html(full_html=False, include_plotlyjs=False, config=options)}</div>"
 
 
 def smoothed(values: list[float], window: float = 0.1) -> list[float]:
@@ -133,36 +196,36 @@ def smoothed(values: list[float], window: float = 0.1) -> list[float]:
     return result
 
 
-def _grids(runs: dict[str, RunData]) -> str:
+def _grids(runs: dict[str, RunData], names: dict[str, str]) -> str:
     """The newest grid of each run, at the newest step that both have if there is one."""
     steps = [dict(run.grids) for run in runs.values()]
     common = set.intersection(*(set(s) for s in steps)) if steps else set()
     figures = []
     for key, run in runs.items():
+        name = html.escape(names[key])
         if not run.grids:
-            figures.append(
-                f"<figure><figcaption>{NAMES[key]}: no sample grid (train.sample_every)</figcaption></figure>"
-            )
+            figures.append(f"<figure><figcaption>{name}: no sample grid (train.sample_every)</figcaption></figure>")
             continue
         step = max(common) if common else run.grids[-1][0]
         data = base64.b64encode(dict(run.grids)[step]).decode()
         figures.append(
-            f"<figure><figcaption>{NAMES[key]}, step {step}</figcaption>"
-            f'<img alt="{NAMES[key]} samples at step {step}" src="data:image/png;base64,{data}"></figure>'
+            f"<figure><figcaption>{name}, step {step}</figcaption>"
+            f'<img alt="{name} samples at step {step}" src="data:image/png;base64,{data}"></figure>'
         )
     return f"<div class=pair>{''.join(figures)}</div>"
 
 
-def _settings(rows: list[dict[str, Any]]) -> str:
+def _settings(rows: list[dict[str, Any]], names: dict[str, str], what: str) -> str:
     lines = []
     for row in sorted(rows, key=lambda row: not row["differs"]):
         kind = " class=differs" if row["differs"] else ""
-        cells = "".join(f"<td>{html.escape(row[run])}</td>" for run in NAMES)
+        cells = "".join(f"<td>{html.escape(row[run])}</td>" for run in RUNS)
         lines.append(f"<tr{kind}><th>{html.escape(row['key'])}</th>{cells}</tr>")
     count = sum(row["differs"] for row in rows)
+    heads = "".join(f"<th>{html.escape(name)}</th>" for name in names.values())
     return (
-        f"<p>{count} of {len(rows)} settings differ; they stand first.</p>"
-        f"<table><tr><th>key</th><th>REPA</th><th>baseline</th></tr>{''.join(lines)}</table>"
+        f"<p>{count} of {len(rows)} {what} differ; they stand first.</p>"
+        f"<table><tr><th>key</th>{heads}</tr>{''.join(lines)}</table>"
     )
 
 
@@ -178,8 +241,8 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2rem aut
 h1 { margin-bottom: .2rem; }
 .lead { font-size: 1.15rem; }
 .warn { border-left: 4px solid #c2571a; padding: .3rem .8rem; background: rgba(194, 87, 26, .12); }
-.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; }
-@media (max-width: 800px) { .pair { grid-template-columns: 1fr; } }
+.pair { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: 1rem; }
+@media (max-width: 800px) { .pair { grid-template-columns: minmax(0, 1fr); } }
 figure { margin: 0; }
 img { width: 100%; image-rendering: pixelated; }
 table { border-collapse: collapse; }

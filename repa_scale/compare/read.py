@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import sqlite3
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from repa_scale.errors import DataError, did_you_mean, require
+from repa_scale.errors import DataError, did_you_mean, reason, require
+from repa_scale.redact import redacted
 
 SECONDS_TO_WAIT = "10"  # for a server that does not answer
 
@@ -24,13 +26,24 @@ class Point:
 
 
 @dataclass(frozen=True)
+class Row:
+    """A row of metrics.jsonl that counts: of one step the highest attempt, of equal attempts the later."""
+
+    step: int
+    time: float
+    attempt: int
+
+
+@dataclass(frozen=True)
 class RunData:
     """One run as MLflow holds it.
 
     Attributes:
         params: the flattened configuration.
-        history: by metric, in the order of the steps; of values with one step the latest, as in the run folder.
+        rows: in the order of the steps.
+        history: by metric, its values in `rows`.
         grids: (step, PNG) of the sample grids, in the order of the steps.
+        problems: what of the run could not be read.
     """
 
     run_id: str
@@ -38,8 +51,10 @@ class RunData:
     status: str
     params: dict[str, str]
     tags: dict[str, str]
+    rows: list[Row] = field(repr=False)
     history: dict[str, list[Point]] = field(repr=False)
     grids: list[tuple[int, bytes]] = field(repr=False)
+    problems: list[str]
 
     @property
     def method(self) -> str:
@@ -47,29 +62,44 @@ class RunData:
 
 
 def open_store(uri: str) -> Any:
-    """A client of an existing store.
+    """A client of an existing store; nothing is created or changed.
 
     Raises:
-        DataError: there is no such database file, or the server does not answer.
+        DataError: there is no such database, it is not MLflow's, or the server does not answer.
     """
     require("mlflow", "track")
+    shown = redacted(uri)
+    if uri.startswith("sqlite:///"):
+        _check_file(shown, Path(uri.removeprefix("sqlite:///").partition("?")[0]))
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", SECONDS_TO_WAIT)
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
     from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
 
-    file = Path(uri.removeprefix("sqlite:///"))
-    if uri.startswith("sqlite:///") and not file.is_file():
-        raise DataError(f"--uri {uri}: {file} does not exist; give the tracking.uri of the runs")
-    client = MlflowClient(tracking_uri=uri)
     try:
+        client = MlflowClient(tracking_uri=uri)
         client.search_experiments(max_results=1)
-    except MlflowException as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"--uri {uri} cannot be read ({reason[:160]}); is the server up?") from None
+    except Exception as error:  # of MLflow, SQLAlchemy or a database driver
+        hint = "is the server up?" if uri.startswith("http") else "give the tracking.uri of the runs"
+        raise DataError(f"--uri {shown} cannot be read ({redacted(reason(error))}); {hint}") from None
     return client
+
+
+def _check_file(shown: str, file: Path) -> None:
+    """MLflow would create a missing file, and fill any other database with its tables."""
+    if not file.is_file():
+        raise DataError(f"--uri {shown}: {file} does not exist; give the tracking.uri of the runs")
+    try:
+        database = sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)
+        try:
+            found = database.execute("SELECT 1 FROM sqlite_master WHERE name = 'experiments'").fetchone()
+        finally:
+            database.close()
+    except sqlite3.Error as error:
+        raise DataError(f"--uri {shown}: {file} cannot be read ({error}); give the tracking.uri of the runs") from None
+    if found is None:
+        raise DataError(f"--uri {shown}: {file} is not an MLflow store; give the tracking.uri of the runs")
 
 
 def find_pair(client: Any, experiment: str, pair_id: str = "") -> tuple[str, str]:
@@ -108,36 +138,58 @@ def read_run(client: Any, run_id: str) -> RunData:
 
     try:
         run = client.get_run(run_id)
-    except MlflowException:
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise DataError(f"run {run_id} cannot be read ({redacted(reason(error))}); try again") from None
         raise DataError(f"run {run_id} is not in this store; give the run ids that MLflow shows") from None
-    history = {key: _history(client, run_id, key) for key in sorted(run.data.metrics)}
+    rows, history = _counting({key: client.get_metric_history(run_id, key) for key in sorted(run.data.metrics)})
     if not history.get("denoising_loss"):
         raise DataError(f"run {run_id} ({run.info.run_name}) has no metrics yet; wait for its first logged step")
+    problems: list[str] = []
     return RunData(
         run_id=run_id,
         name=run.info.run_name,
         status=run.info.status,
         params=dict(run.data.params),
         tags={key: value for key, value in run.data.tags.items() if not key.startswith("mlflow.")},
+        rows=rows,
         history=history,
-        grids=_grids(client, run_id),
+        grids=_grids(client, run_id, problems),
+        problems=problems,
     )
 
 
-def _history(client: Any, run_id: str, key: str) -> list[Point]:
-    latest: dict[int, Any] = {}
-    for metric in client.get_metric_history(run_id, key):
-        if metric.step not in latest or metric.timestamp >= latest[metric.step].timestamp:
-            latest[metric.step] = metric
-    return [Point(step, latest[step].timestamp / 1000, latest[step].value) for step in sorted(latest)]
+def _counting(points: dict[str, list]) -> tuple[list[Row], dict[str, list[Point]]]:
+    """The rows that count, and their values by metric.
+
+    The values of a row share its step and timestamp. A step that a resumed run repeated has several rows, of which one
+    counts as a whole: a value that only the others have (it was not finite in the one that counts) is left out.
+
+    Args:
+        points: MLflow's metrics by key.
+    """
+    attempts = {(m.step, m.timestamp): 1 for metrics in points.values() for m in metrics}
+    attempts.update({(m.step, m.timestamp): int(m.value) for m in points.get("attempt", [])})
+    counts: dict[int, tuple[int, int]] = {}
+    for (step, stamp), attempt in attempts.items():
+        counts[step] = max(counts.get(step, (0, 0)), (attempt, stamp))
+    rows = [Row(step, counts[step][1] / 1000, counts[step][0]) for step in sorted(counts)]
+    history = {}
+    for key, metrics in points.items():
+        values = {m.step: m.value for m in metrics if m.timestamp == counts[m.step][1]}
+        history[key] = [Point(row.step, row.time, values[row.step]) for row in rows if row.step in values]
+    return rows, history
 
 
-def _grids(client: Any, run_id: str) -> list[tuple[int, bytes]]:
+def _grids(client: Any, run_id: str, problems: list[str]) -> list[tuple[int, bytes]]:
     grids = []
-    with tempfile.TemporaryDirectory() as folder:
-        for entry in client.list_artifacts(run_id, "samples"):
-            name = Path(entry.path).stem
-            if entry.path.endswith(".png") and name.startswith("step_"):
-                file = client.download_artifacts(run_id, entry.path, folder)
-                grids.append((int(name.removeprefix("step_")), Path(file).read_bytes()))
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for entry in client.list_artifacts(run_id, "samples"):
+                name = Path(entry.path).stem
+                if entry.path.endswith(".png") and name.removeprefix("step_").isdigit():
+                    file = client.download_artifacts(run_id, entry.path, folder)
+                    grids.append((int(name.removeprefix("step_")), Path(file).read_bytes()))
+    except Exception as error:  # the numbers are worth a report without pictures
+        problems.append(f"sample grids cannot be read ({redacted(reason(error))})")
     return sorted(grids)

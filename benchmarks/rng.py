@@ -1,0 +1,59 @@
+"""What the counter-based random numbers of a step cost, against a step of SiT-S/2 with REPA. Goal: under 1 %.
+
+python -m benchmarks.rng
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import torch
+
+from benchmarks.rows import write_row
+from benchmarks.step_overhead import BATCH, Precomputed, bare_loop, config_of, synchronize
+from repa_scale.draws import draw
+from repa_scale.ranks import Ranks
+
+GOAL = 0.01
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
+    args = parser.parse_args()
+    ranks = Ranks.from_environment(args.device)
+    ranks.start()
+    device = ranks.device
+    batch = Precomputed(device)
+    step = bare_loop(config_of("SiT-S/2", "fp32"), batch, device, torch.float32)
+    seconds = {"draws": [], "torch draws": [], "step": []}
+    for number in range(args.rounds + 1):
+        for name, work in (
+            ("draws", lambda n: draw(0, n, batch.index, (4, 32, 32))),
+            (
+                "torch draws",
+                lambda n: (torch.rand(BATCH, 2, device=device), torch.randn(2, BATCH, 4, 32, 32, device=device)),
+            ),
+            ("step", step),
+        ):
+            synchronize(device)
+            began = time.perf_counter()
+            work(number)
+            synchronize(device)
+            if number:
+                seconds[name].append(time.perf_counter() - began)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    share = medians["draws"] / medians["step"]
+    print(
+        f"draws {1e3 * medians['draws']:.2f} ms (torch's own generator {1e3 * medians['torch draws']:.2f} ms), "
+        f"step {1e3 * medians['step']:.0f} ms: {share:.2%} (goal {GOAL:.0%})"
+    )
+    write_row("rng", {"seconds": medians, "share": share, "goal": GOAL, "batch": BATCH})
+    ranks.leave()
+
+
+if __name__ == "__main__":
+    main()
