@@ -58,6 +58,7 @@ def main() -> None:
             row = measure(step, args.steps, batch, ranks.device)
             mfu = row["images_per_second"] * (FLOPS.get(args.model, 0) + FLOPS["encoder"]) / peak_flops()
             row |= {"way": name, "model": args.model, "batch": batch, "mfu": mfu, "compile": args.compile}
+            row["case"] = f"{name}, batch {batch}{', compiled' if args.compile else ''}"
             phases = "  ".join(f"{phase} {1e3 * value:.1f}" for phase, value in row["phases"].items())
             print(
                 f"{name:7s} batch {batch}: {row['images_per_second']:.1f} images/s, "

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
-GAP = 4  # pixels between images
+# Pixels.
+GAP = 4  # between images of a sheet
+BETWEEN = 24  # between sheets
+TITLE = 32  # height of a title
 
 
 def sheet(images: np.ndarray, columns: int, captions: Sequence[str] = (), scale: int = 0) -> Image.Image:
@@ -33,9 +36,27 @@ def sheet(images: np.ndarray, columns: int, captions: Sequence[str] = (), scale:
     return page
 
 
+def beside(pages: Sequence[Image.Image], titles: Sequence[str]) -> Image.Image:
+    """Pictures next to each other, each under its title."""
+    font = ImageFont.load_default(20)
+    width, height = sum(p.width for p in pages) + BETWEEN * (len(pages) - 1), max(p.height for p in pages)
+    page = Image.new("RGB", (width, TITLE + height), "white")
+    draw = ImageDraw.Draw(page)
+    x = 0
+    for picture, title in zip(pages, titles, strict=True):
+        draw.text((x + GAP, GAP), title, fill="black", font=font)
+        page.paste(picture, (x, TITLE))
+        x += picture.width + BETWEEN
+    return page
+
+
 def save_sheet(images: np.ndarray, path: Path, columns: int = 0, captions: Sequence[str] = ()) -> None:
     """Writes `sheet` to `path`, whole or not at all. `columns` 0: a square."""
+    save(sheet(images, columns or max(1, round(len(images) ** 0.5)), captions), path)
+
+
+def save(page: Image.Image, path: Path) -> None:
+    """Writes a PNG, whole or not at all."""
     temporary = path.with_suffix(".tmp")
-    page = sheet(images, columns or max(1, round(len(images) ** 0.5)), captions)
     page.save(temporary, format="PNG")
     temporary.replace(path)

@@ -63,6 +63,11 @@ def test_every_number_of_the_report_is_the_run_folders(pair, tmp_path):
     differing = {row["key"] for row in result["settings"] if row["differs"]}
     assert differing == {"method", "run.dir"}
     assert result["warnings"] == []
+    with (
+        Image.open(tmp_path / "report" / "samples.png") as both,
+        Image.open(pair / "repa/samples/step_00000012.png") as one,
+    ):
+        assert both.width > 2 * one.width and both.height > one.height
     page = (tmp_path / "report" / "index.html").read_text()
     assert page.count("data:image/png;base64") == 2 and "http" not in page.split("</script>")[-1].replace(
         "http-equiv", ""

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 from pathlib import Path
+from typing import Any
+
+from PIL import Image
 
 from repa_scale.errors import ConfigError, DataError, ExitCode, require
 
@@ -14,9 +18,9 @@ DEFAULT_URI = "sqlite:///mlflow.db"
 
 
 def main(argv: list[str]) -> int:
-    """Writes OUT/index.html and OUT/compare.json."""
+    """Writes OUT/index.html, OUT/compare.json and, where both runs have a sample grid, OUT/samples.png."""
     from repa_scale.compare.numbers import comparison
-    from repa_scale.compare.page import page, sentence
+    from repa_scale.compare.page import newest_grids, page, sentence
     from repa_scale.compare.read import find_pair, open_store, read_run
     from repa_scale.redact import redacted
 
@@ -29,18 +33,31 @@ def main(argv: list[str]) -> int:
     repa, baseline = (second, first) if first.method == "baseline" else (first, second)
     experiment = None if args.runs else args.experiment
     result = {"uri": redacted(uri), "experiment": experiment, **comparison(repa, baseline)}
-    text = page(result, {"repa": repa, "baseline": baseline})
+    runs = {"repa": repa, "baseline": baseline}
+    text = page(result, runs)
     out = Path(args.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "compare.json").write_text(json.dumps(result, indent=1) + "\n")
         (out / "index.html").write_text(text, encoding="utf-8")
+        _save_grids(out / "samples.png", newest_grids(runs), result)
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be written ({error.strerror}); choose another folder") from None
     for warning in result["warnings"]:
         print(f"warning: {warning}")
     print(f"{sentence(result)}\nreport: {out / 'index.html'}")
     return ExitCode.COMPLETED
+
+
+def _save_grids(path: Path, grids: dict[str, tuple[int, bytes]], result: dict[str, Any]) -> None:
+    """The grids of both runs side by side; nothing where one has none."""
+    path.unlink(missing_ok=True)
+    if len(grids) < 2:
+        return
+    from repa_scale.pictures import beside, save
+
+    pages = [Image.open(io.BytesIO(png)) for _, png in grids.values()]
+    save(beside(pages, [f"{result['runs'][key]['label']}, step {step}" for key, (step, _) in grids.items()]), path)
 
 
 def _run_id(given: str) -> str:

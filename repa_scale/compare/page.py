@@ -196,18 +196,26 @@ def smoothed(values: list[float], window: float = 0.1) -> list[float]:
     return result
 
 
+def newest_grids(runs: dict[str, RunData]) -> dict[str, tuple[int, bytes]]:
+    """(step, PNG) of each run that has a sample grid: at the newest step that both have, else each its newest."""
+    grids = {key: dict(run.grids) for key, run in runs.items() if run.grids}
+    common = set.intersection(*map(set, grids.values())) if grids else set()
+    return {
+        key: max((step, png) for step, png in by_step.items() if step in (common or by_step))
+        for key, by_step in grids.items()
+    }
+
+
 def _grids(runs: dict[str, RunData], names: dict[str, str]) -> str:
-    """The newest grid of each run, at the newest step that both have if there is one."""
-    steps = [dict(run.grids) for run in runs.values()]
-    common = set.intersection(*(set(s) for s in steps)) if steps else set()
+    grids = newest_grids(runs)
     figures = []
-    for key, run in runs.items():
+    for key in runs:
         name = html.escape(names[key])
-        if not run.grids:
+        if key not in grids:
             figures.append(f"<figure><figcaption>{name}: no sample grid (train.sample_every)</figcaption></figure>")
             continue
-        step = max(common) if common else run.grids[-1][0]
-        data = base64.b64encode(dict(run.grids)[step]).decode()
+        step, png = grids[key]
+        data = base64.b64encode(png).decode()
         figures.append(
             f"<figure><figcaption>{name}, step {step}</figcaption>"
             f'<img alt="{name} samples at step {step}" src="data:image/png;base64,{data}"></figure>'

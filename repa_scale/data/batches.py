@@ -105,6 +105,7 @@ class Batches:
             except (RuntimeError, OSError, EOFError) as error:
                 # The other kinds come where a worker is killed while it hands a batch over.
                 alive = all(worker.is_alive() for worker in getattr(self._stream, "_workers", ()))
+                self.close()  # or the news of a worker's death, a signal, would raise once more, wherever we are then
                 if not alive or not isinstance(error, RuntimeError):
                     raise RuntimeError(
                         f"a loader worker died ({type(error).__name__}: {error}); "
