@@ -59,6 +59,17 @@ def _random(row: Row) -> Iterator[tuple[str, str, str]]:
     yield "counter-based random numbers, share of a step of SiT-S/2", f"{row['share']:.2%}", f"under {row['goal']:.0%}"
 
 
+def _pair(row: Row) -> Iterator[tuple[str, str, str]]:
+    what = f"{row['case']}, {row['model']}, {row['step']} steps on {row['world_size']} processes, REPA and baseline:"
+    ours, theirs = row["repa"], row["baseline"]
+    yield f"{what} denoising loss", f"{ours['denoising_loss']:.4f} and {theirs['denoising_loss']:.4f}", "recorded"
+    rates = f"{ours['images_per_second']:.0f} and {theirs['images_per_second']:.0f}"
+    yield f"{what} images/s", f"{rates} (encoder {ours['encoder_share']:.0%} of a step)", "recorded"
+    if "label_agreement" in ours:
+        read = f"{ours['label_agreement']:.0%} and {theirs['label_agreement']:.0%}"
+        yield f"{what} samples read as the label asked for", read, "at least 70 %"
+
+
 def _throughput(row: Row) -> Iterator[tuple[str, str, str]]:
     measured = f"{row['images_per_second']:.0f} images/s, {row['mfu']:.0%} MFU, {row['peak_memory_bytes'] / 1e9:.0f} GB"
     yield f"{row['model']} with DINOv2-B, {row['case']}", measured, "recorded"
@@ -69,6 +80,7 @@ LINES: dict[str, Callable[[Row], Iterator[tuple[str, str, str]]]] = {
     "zero_memory": _memory,
     "loader": _loader,
     "rng": _random,
+    "pair": _pair,
     "train_throughput": _throughput,
 }
 

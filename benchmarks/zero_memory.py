@@ -10,6 +10,9 @@ the weights are made (a rank that held the whole model would show it there) and 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
+import ctypes
 import gc
 import json
 import os
@@ -103,6 +106,7 @@ def worker(model: str, precision: str, gradients: str, folder: str) -> None:
 
     ranks = Ranks.from_environment()
     ranks.start()
+    give_freed_memory_back()
     config = Config()
     config.model.name, config.train.precision, config.train.global_batch = model, precision, ranks.world_size
     config.alignment["repa"].depth = 4
@@ -110,10 +114,12 @@ def worker(model: str, precision: str, gradients: str, folder: str) -> None:
         count = sum(p.numel() for p in build_objective(config).parameters())
     settings = deepspeed_dict(config, ranks.world_size, count, ranks.device.type)
     settings["data_types"]["grad_accum_dtype"] = gradients
-    built = 0
+    small, built = copy.deepcopy(config), 0
+    small.model.name, small.alignment["repa"].depth = "SiT-Nano/8", 1
 
     def build():
         nonlocal built
+        build_objective(small)  # so that libraries loaded on the way are not counted
         before = watermark(ranks.device)
         objective = build_objective(config)
         built = peak(ranks.device) - before
@@ -180,6 +186,13 @@ def gradients_of(optimizer) -> list[torch.Tensor]:
     """The buffers in which this rank's gradients stay between steps."""
     buffer = getattr(optimizer, "grad_partitions_flat_buffer", None)
     return [buffer] if buffer is not None else []
+
+
+def give_freed_memory_back() -> None:
+    """Makes glibc map each tensor by itself, so that the resident memory of a process is what it really uses."""
+    mmap_threshold = -3  # glibc's M_MMAP_THRESHOLD of mallopt
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").mallopt(mmap_threshold, 2**16)
 
 
 def watermark(device: torch.device) -> int:
