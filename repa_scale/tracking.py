@@ -31,6 +31,11 @@ CURSOR = "mlflow.json"
 RETRY_SECONDS = (2.0, 60.0)  # first and longest wait after a failure
 FINISH_SECONDS = 30.0  # how long the end of a run waits for the last sending
 POINTS = 900  # metrics in one call; MLflow takes 1000
+CLIENT_VARIABLES = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
 NOT_METRICS = ("step", "time")
 
 log = logging.getLogger("repa_scale")
@@ -154,14 +159,7 @@ class MlflowTracker(Tracker):
 
     def _connect(self) -> Any:
         """Opens the store and the run: the one in RUN/mlflow.json if the store has it, else a new one."""
-        # One attempt of a few seconds: this thread has its own patience. Who sets these variables is obeyed.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        for name in ("mlflow", "alembic"):
-            logging.getLogger(name).setLevel(logging.WARNING)
-        from mlflow import MlflowClient
-
-        client = MlflowClient(tracking_uri=self.config.tracking.uri)
+        client = mlflow_client(self.config.tracking.uri)
         self._cursor = self._read_cursor(client) or self._create_run(client)
         self._describe(client)
         return client
@@ -292,6 +290,18 @@ class MlflowTracker(Tracker):
 
     def _save(self, cursor: dict[str, Any]) -> None:
         write_atomically(self.run_dir / CURSOR, json.dumps(cursor, indent=1))
+
+
+def mlflow_client(uri: str) -> Any:
+    """MLflow's client without its bars and messages. Each call tries once, for a few seconds: callers have a patience
+    of their own. Who sets MLflow's variables is obeyed."""
+    for variable, value in CLIENT_VARIABLES.items():
+        os.environ.setdefault(variable, value)
+    import mlflow
+
+    for name in ("mlflow", "alembic"):  # after the import, which sets them anew
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return mlflow.MlflowClient(tracking_uri=uri)
 
 
 def numbers(row: dict[str, Any]) -> dict[str, float]:

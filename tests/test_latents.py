@@ -64,7 +64,10 @@ def test_a_vae_gives_its_posterior(tmp_path):
     assert torch.allclose(x0, (posterior.mean + posterior.std * noise) * 0.18215, atol=1e-5)
     with torch.no_grad():
         wanted = vae.decode(x0 / 0.18215).sample
-    assert torch.equal(space.decode(x0), ((wanted + 1) * 127.5).round().clamp(0, 255).to(torch.uint8))
+    difference = space.decode(x0).int() - ((wanted + 1) * 127.5).round().clamp(0, 255).int()
+    assert difference.abs().max() <= 1 and difference.count_nonzero() < 5, (
+        "a value that lies on the edge may fall either way"
+    )
 
 
 def test_a_tiny_vae_has_no_posterior():

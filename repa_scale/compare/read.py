@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import sqlite3
 import tempfile
 from dataclasses import dataclass, field
@@ -12,8 +10,7 @@ from typing import Any
 
 from repa_scale.errors import DataError, did_you_mean, reason, require
 from repa_scale.redact import redacted
-
-SECONDS_TO_WAIT = "10"  # for a server that does not answer
+from repa_scale.tracking import mlflow_client
 
 
 @dataclass(frozen=True)
@@ -71,14 +68,8 @@ def open_store(uri: str) -> Any:
     shown = redacted(uri)
     if uri.startswith("sqlite:///"):
         _check_file(shown, Path(uri.removeprefix("sqlite:///").partition("?")[0]))
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", SECONDS_TO_WAIT)
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    from mlflow import MlflowClient
-
     try:
-        client = MlflowClient(tracking_uri=uri)
+        client = mlflow_client(uri)
         client.search_experiments(max_results=1)
     except Exception as error:  # of MLflow, SQLAlchemy or a database driver
         hint = "is the server up?" if uri.startswith("http") else "give the tracking.uri of the runs"
