@@ -94,7 +94,7 @@ def with_files(dataset: DataSet, files: list[Path], start: int, steps: int) -> N
         positions = torch.arange(step * BATCH, (step + 1) * BATCH)
         numbers = sample_at(positions, dataset.count, 0, dataset.fingerprint).tolist()
         pictures = [np.asarray(Image.open(io.BytesIO(files[i].read_bytes())).convert("RGB")) for i in numbers]
-        torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+        torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
 
 def made_here(folder: Path, size: int) -> Path:

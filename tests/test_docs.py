@@ -73,6 +73,12 @@ def test_the_presets_of_the_readme_are_those_that_exist():
     assert named == {path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml")}
 
 
+def test_the_results_are_the_rows_of_the_benchmarks():
+    from benchmarks.table import table
+
+    assert table() in (ROOT / "README.md").read_text(), "python -m benchmarks.table prints what README should show"
+
+
 def test_the_demo_calls_public_verbs_alone():
     script = (ROOT / "launchers" / "local" / "demo.sh").read_text()
     assert set(re.findall(r"^\s*(?:\[.*\] \|\| )?repa-scale (\w+)", script, re.MULTILINE)) <= set(VERBS)
