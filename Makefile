@@ -22,7 +22,7 @@ demo: setup  ## the main job on real data: two runs, samples, a comparison, an e
 	PATH=$(abspath $(BIN)):$$PATH launchers/local/demo.sh $(DEMO_SOURCE)
 
 test: setup  ## the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup  ## format and lint
 	$(BIN)/ruff format --check .

@@ -136,14 +136,18 @@ def exact(rows: list[dict]) -> list[tuple]:
 
 
 def assert_close(ours: list[dict], theirs: list[dict], relative: float) -> None:
-    """Losses and norms within `relative`; the same steps and the same batches."""
+    """Losses and norms within `relative`; the same steps and the same batches.
+
+    The alignment loss is a cosine and starts near 0, so it is held to `relative` of at least a hundredth of its range.
+    """
     assert [(row["step"], row["batch_fingerprint"]) for row in ours] == [
         (row["step"], row["batch_fingerprint"]) for row in theirs
     ]
     for a, b in zip(ours, theirs, strict=True):
         for key in ("loss", "denoising_loss", "alignment_loss", "grad_norm"):
             if key in b:
-                assert abs(a[key] - b[key]) <= relative * abs(b[key]), (a["step"], key, a[key], b[key])
+                scale = max(abs(b[key]), 0.01) if key == "alignment_loss" else abs(b[key])
+                assert abs(a[key] - b[key]) <= relative * scale, (a["step"], key, a[key], b[key])
 
 
 def last_step(run: Path) -> int:

@@ -26,7 +26,7 @@ def keys(*argv: str, data: str = "data") -> dict:
         "alignment.repa.depth=2",
         "alignment.repa.weights=other.safetensors",
         "alignment.more.weight=1",
-        "optimizer.learning_rate=2e-3",
+        "optimizer.learning_rate=4e-3",
         "optimizer.betas=[0.9,0.99]",
         "optimizer.warmup_steps=5",
         "ema.decay=0.9",
@@ -70,7 +70,7 @@ def test_the_data_count_and_folders_do_not():
 
 def test_a_run_finds_its_baseline():
     baseline = identity_keys(compose(["experiment=demo_baseline", "seed=9"]), "data")
-    assert pair_id(baseline) == pair_id(keys()) != pair_id(keys("optimizer.learning_rate=2e-3"))
+    assert pair_id(baseline) == pair_id(keys()) != pair_id(keys("optimizer.learning_rate=4e-3"))
     assert identity_hash(baseline) != identity_hash(keys())
     assert not [key for key in baseline if key.startswith("alignment")]
 

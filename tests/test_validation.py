@@ -35,7 +35,7 @@ def test_presets_are_valid(preset, world_size):
         ("alignment.repa.weights=hubb", ["alignment.repa.weights=hubb", "'hub'"]),
         ("alignment.repa.weights=/absent/file.pth", ["/absent/file.pth", "does not exist"]),
         ("alignment.repa.depth=0", ["alignment.repa.depth=0", "1 to 6"]),
-        ("alignment.repa.depth=7", ["alignment.repa.depth=7", "1 to 6", "SiT-Tiny/1"]),
+        ("alignment.repa.depth=7", ["alignment.repa.depth=7", "1 to 6", "SiT-Tiny/2"]),
         ("alignment.repa.weight=-1", ["alignment.repa.weight=-1"]),
         ("alignment.repa.stop_step=0", ["alignment.repa.stop_step=0"]),
         ("alignment.a-b.depth=1", ["alignment.a-b"]),
