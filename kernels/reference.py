@@ -4,46 +4,54 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 NORM_EPS = 1e-12  # below this length a token is not scaled up any more (torch.nn.functional.normalize)
-SPATIAL_EPS = 1e-6
-LAYERNORM_EPS = 1e-6
 
 
-def cosine_loss(projected: Tensor, target: Tensor) -> Tensor:
-    """Minus the mean cosine of projected and target tokens, for each image (REPA eq. 8).
+def cosine_loss(projected: Tensor, target: Tensor, weight: Tensor | None = None, reduction: str = "mean") -> Tensor:
+    """Minus the mean cosine of projected and target tokens (REPA eq. 8). See `repa_scale.kernels.cosine_loss`.
 
     It is computed in float32 (float64 stays), because lengths overflow and cancel in 16 bits.
-
-    Args:
-        projected: (N, T, z) float.
-        target: (N, T, z) float; no gradient flows into it.
-
-    Returns:
-        (N,) float32, or float64.
     """
     projected, target = _wide(projected), _wide(target.detach())
     cosine = (F.normalize(projected, dim=-1, eps=NORM_EPS) * F.normalize(target, dim=-1, eps=NORM_EPS)).sum(-1)
-    return -cosine.mean(dim=-1)
+    if weight is not None:
+        cosine = cosine * weight.detach().to(cosine.dtype)
+    return -cosine.mean(dim=-1) if reduction == "image" else -cosine.mean()
 
 
-def normalize_tokens(tokens: Tensor, kind: str, gamma: float = 0.6) -> Tensor:
-    """Normalises target tokens. (N, T, z) float -> the same shape in float32, or float64.
+def projector_cosine_loss(
+    hidden: Tensor, projector: nn.Module, target: Tensor, weight: Tensor | None = None, reduction: str = "mean"
+) -> Tensor:
+    """`cosine_loss` of the projected tokens. See `repa_scale.kernels.projector_cosine_loss`."""
+    return cosine_loss(project(projector, hidden), target, weight, reduction)
 
-    Args:
-        kind: `none`; `layernorm`: each token over its channels; `spatial`: each channel over the image's tokens,
-            (x - gamma mean_T x) / (std_T x + eps) with unbiased std (iREPA, arXiv 2512.10794).
-        gamma: how much of the mean is taken away (`spatial`).
-    """
-    tokens = _wide(tokens)
+
+def project(projector: nn.Module, hidden: Tensor) -> Tensor:
+    """The projector's output, without its own hooks where it is a Sequential: its forward may have called this."""
+    return nn.Sequential.forward(projector, hidden) if isinstance(projector, nn.Sequential) else projector(hidden)
+
+
+def normalize_tokens(
+    tokens: Tensor,
+    kind: str,
+    prefix: int = 0,
+    gamma: float = 0.6,
+    eps: float = 1e-6,
+    out_dtype: torch.dtype | None = None,
+    affine: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Tokens without the prefix, normalised. See `repa_scale.kernels.normalize_tokens`."""
+    tokens = _wide(tokens[:, prefix:])
     if kind == "layernorm":
-        return F.layer_norm(tokens, tokens.shape[-1:], eps=LAYERNORM_EPS)
-    if kind == "spatial":
+        weight, bias = (parameter.to(tokens.dtype) for parameter in affine) if affine else (None, None)
+        tokens = F.layer_norm(tokens, tokens.shape[-1:], weight, bias, eps)
+    else:
         mean = tokens.mean(dim=1, keepdim=True)
         std = (tokens - mean).square().sum(dim=1, keepdim=True).div(tokens.shape[1] - 1).sqrt()
-        return (tokens - gamma * mean) / (std + SPATIAL_EPS)
-    return tokens
+        tokens = (tokens - gamma * mean) / (std + eps)
+    return tokens.to(out_dtype or tokens.dtype)
 
 
 def _wide(x: Tensor) -> Tensor:
