@@ -147,7 +147,7 @@ def public(folder: str, model: str, encoder_name: str, data: Data, device: torch
     loss_of = SILoss(
         prediction="v", path_type="linear", encoders=[], accelerator=None, latents_scale=None, latents_bias=None
     )
-    encoder = build_encoder(encoder_name, "random", (16, 16), device, torch.float32).network
+    encoder = build_encoder(encoder_name, "random", (16, 16), device, torch.float32, "torch").network
     clock = Clock(device)
 
     def step(_number: int):

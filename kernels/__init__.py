@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import torch
 from repa_scale.kernels import reference
-from repa_scale.kernels.choice import KERNELS, MAX_TOKENS, unavailable, unsupported, use_triton
+from repa_scale.kernels.choice import MAX_TOKENS, unavailable, unsupported, use_triton, uses_triton
 from torch import Tensor, nn
 
-__all__ = ["KERNELS", "cosine_loss", "normalize_tokens", "projector_cosine_loss", "unavailable"]
+__all__ = ["cosine_loss", "normalize_tokens", "projector_cosine_loss", "unavailable", "uses_triton"]
 
 
 def cosine_loss(

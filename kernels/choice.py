@@ -1,4 +1,4 @@
-"""The one choice between a Triton kernel and plain torch: by the caller's word, the device, and what the kernel can do."""
+"""The one choice between a Triton kernel and plain torch: by the caller's word, the device, and the kernel's limits."""
 
 from __future__ import annotations
 
@@ -20,23 +20,30 @@ INTERPRETED = INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def use_triton(kernel: str, tensor: Tensor, obstacle: str = "") -> bool:
-    """Whether the Triton kernel runs. `auto`: on a CUDA device wherever it can, plain torch elsewhere.
+    """`uses_triton` on the tensor's device, for a call that may have an obstacle of its own.
+
+    Args:
+        obstacle: what of this call the kernel cannot do; empty if it can.
+    """
+    return tensor.numel() > 0 and uses_triton(kernel, tensor.device, obstacle)
+
+
+def uses_triton(kernel: str, device: torch.device, obstacle: str = "") -> bool:
+    """Whether the Triton kernels run. `auto`: on a CUDA device wherever they can, plain torch elsewhere.
 
     Args:
         kernel: `auto`, `triton` or `torch`.
-        tensor: decides by its device.
-        obstacle: what of this call the kernel cannot do; empty if it can.
 
     Raises:
         ValueError: another word, or `triton` where the kernel cannot run.
     """
     if kernel not in KERNELS:
         raise ValueError(f"kernel={kernel!r} must be one of {', '.join(KERNELS)}")
-    if kernel == "torch" or tensor.numel() == 0:
+    if kernel == "torch":
         return False
     if kernel == "auto":
-        return tensor.device.type == "cuda" and not obstacle and not unavailable(tensor.device)
-    if problem := obstacle or unavailable(tensor.device):
+        return device.type == "cuda" and not obstacle and not unavailable(device)
+    if problem := obstacle or unavailable(device):
         raise ValueError(f"kernel='triton': {problem}; use kernel='auto' or 'torch'")
     return True
 

@@ -94,14 +94,10 @@ def forward(projected: Tensor, target: Tensor, weight: Tensor | None, by_image: 
     (x, x_pitch), (y, y_pitch) = table.laid_out(projected), table.laid_out(target)
     row_loss, scalars = (projected.new_empty(shape, dtype=torch.float32) for shape in (rows, (2, rows)))
     tile = table.tile("cosine", width, table.architecture_of(projected))
-    table.start(
-        cosine_forward,
-        (triton.cdiv(rows, tile.rows),),
-        (x, y, row_loss if weight is None else weight, row_loss, scalars, rows, tokens, x_pitch, y_pitch)
-        + (int(weight is not None),),
-        table.constants(width, tile),
-        tile.warps,
-    )
+    tensors = (x, y, row_loss if weight is None else weight, row_loss, scalars)
+    numbers = (rows, tokens, x_pitch, y_pitch, int(weight is not None))
+    grid = (triton.cdiv(rows, tile.rows),)
+    table.start(cosine_forward, grid, (*tensors, *numbers), table.constants(width, tile), tile.warps)
     if by_image:
         return _sums(row_loss, tokens, 1 / tokens), scalars
     return _sums(_sums(row_loss, GROUP, 1.0), triton.cdiv(rows, GROUP), 1 / rows).view(()), scalars
@@ -117,14 +113,10 @@ def backward(
     (x, x_pitch), (y, y_pitch) = table.laid_out(projected), table.laid_out(target)
     gradient = torch.empty(projected.shape, dtype=projected.dtype, device=projected.device)
     tile = table.tile("cosine", width, table.architecture_of(projected))
-    table.start(
-        cosine_backward,
-        (triton.cdiv(rows, tile.rows),),
-        (x, y, scalars if weight is None else weight, scalars, upstream.contiguous(), gradient, 1 / of_group, rows)
-        + (tokens, of_group, x_pitch, y_pitch, int(weight is not None)),
-        table.constants(width, tile),
-        tile.warps,
-    )
+    tensors = (x, y, scalars if weight is None else weight, scalars, upstream.contiguous(), gradient)
+    numbers = (1 / of_group, rows, tokens, of_group, x_pitch, y_pitch, int(weight is not None))
+    grid = (triton.cdiv(rows, tile.rows),)
+    table.start(cosine_backward, grid, (*tensors, *numbers), table.constants(width, tile), tile.warps)
     return gradient
 
 

@@ -1,8 +1,8 @@
 """The paper's projector (Linear-SiLU-Linear-SiLU-Linear) and the cosine loss as one differentiable operator.
 
-The matrix products are cuBLAS's. What is saved is the input, both pre-activations and the output: SiLU is recomputed in
-the backward pass, in the kernel that takes its gradient and sums that of the bias. The weights are saved as the
-parameters themselves, never as views or casts: under ZeRO-3 a parameter is gathered again when its backward pass begins.
+The matrix products are cuBLAS's. What is saved is the input, both pre-activations and the output: SiLU is recomputed
+in the backward pass, in the kernel that takes its gradient and sums that of the bias. The weights are saved as the
+parameters themselves, never as views or casts: under ZeRO-3 they are gathered again when the backward pass begins.
 """
 
 from __future__ import annotations

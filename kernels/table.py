@@ -51,7 +51,7 @@ _SPATIAL = {
     2048: Tile(2048, 16, 16),
 }
 # The SiLU's gradient works on a plane of any size; 64 rows make one partial sum of the bias gradient.
-_SILU = {64: Tile(64, 64, 4)}
+_SILU = {64: Tile(64, 64, 8)}
 
 # kernel -> architecture -> next power of two of what the program must hold -> tile. The cosine's rows must stay equal
 # between architectures (the order of its sums is promised); those of the others may part.

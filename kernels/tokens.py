@@ -1,6 +1,6 @@
 """Normalisation of target tokens in one pass over memory: read once, past the prefix, write once. No gradient.
 
-`layernorm` is each token over its channels (DINOv2's final norm), `spatial` each channel over the image's tokens (iREPA).
+`layernorm` is each token over its channels (DINOv2's final norm), `spatial` each channel over its tokens (iREPA).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def spatial(
     mask = (i < tokens)[:, None] & (c < WIDTH)[None, :]
     v = tl.load(x + (image * pitch + i)[:, None] * WIDTH + c[None, :], mask=mask, other=0.0).to(tl.float32)
     # Mean first, then centred: E[x^2] - E[x]^2 cancels for DINOv2's large channels. The mean's own rounding is taken
-    # out of both, so that a channel that is constant over the tokens has a deviation of 0, and 1 / eps blows up no noise.
+    # out as well, so that a channel that is constant over the tokens has a deviation of 0: 1 / eps would blow it up.
     rough = tl.sum(v, 0) / tokens
     centred = tl.where(mask, v - rough[None, :], 0.0)
     rest = tl.sum(centred, 0) / tokens

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from repa_scale.config import Config, TermConfig
-from repa_scale.kernels import cosine_loss, normalize_tokens
+from repa_scale.errors import ConfigError
+from repa_scale.kernels import normalize_tokens, unavailable
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,7 @@ class AlignmentTerm:
 
     name: str
     settings: TermConfig
+    kernel: str = "auto"  # auto | triton | torch (repa_scale.kernels)
 
     @property
     def depth(self) -> int:
@@ -32,21 +35,21 @@ class AlignmentTerm:
         """What is aligned to, from the encoder's tokens. (N, T, z) -> (N, T, z)."""
         if self.settings.normalize == "none":
             return targets
-        return normalize_tokens(targets, self.settings.normalize, self.settings.gamma)
+        return normalize_tokens(targets, self.settings.normalize, gamma=self.settings.gamma, kernel=self.kernel)
 
     def loss(self, hidden: Tensor, projector: nn.Module, targets: Tensor, t: Tensor) -> Tensor:
         """The term for each image (REPA eq. 8).
 
         Args:
             hidden: (N, T, D) tokens behind block `depth`.
-            projector: (N, T, D) -> (N, T, z).
+            projector: of models/projectors.py.
             targets: (N, T, z) from `prepare`.
             t: (N,) in [0, 1], 0 = data.
 
         Returns:
             (N,) float32, or float64: minus the mean cosine, weighted over t.
         """
-        loss = cosine_loss(projector(hidden), targets)
+        loss = projector(hidden, targets, self.kernel)
         weighting = self.settings.time_weighting
         if weighting == "none":
             return loss
@@ -70,4 +73,14 @@ def build_terms(config: Config) -> dict[str, AlignmentTerm]:
     """The run's terms by name; none for the baseline."""
     if config.method == "baseline":
         return {}
-    return {name: AlignmentTerm(name, settings) for name, settings in config.alignment.items()}
+    return {name: AlignmentTerm(name, term, config.alignment_kernel) for name, term in config.alignment.items()}
+
+
+def check_kernel(config: Config, device: torch.device) -> None:
+    """Refuses `alignment.kernel=triton` where no Triton kernel runs.
+
+    Raises:
+        ConfigError: with the reason.
+    """
+    if config.alignment_kernel == "triton" and (problem := unavailable(device)):
+        raise ConfigError(f"alignment.kernel=triton: {problem}; use alignment.kernel=auto")

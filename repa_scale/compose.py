@@ -22,6 +22,8 @@ from repa_scale.sizes import backbone
 # Flags of `deepspeed` and `torchrun` that carry a value; those of Hydra that have no meaning here are refused.
 RANK_FLAGS = ("--local_rank", "--local-rank")
 DEEPSPEED_FLAGS = ("--deepspeed_config", "--deepspeed-config")
+# A key among the alignment terms that is no term. `Config.alignment` holds terms alone, so its field lies beside them.
+KERNEL, KERNEL_FIELD = "alignment.kernel", "alignment_kernel"
 
 
 @dataclasses.dataclass
@@ -80,7 +82,9 @@ def complete(config: Config, preset: str = "") -> Config:
 def resolved_yaml(config: Config) -> str:
     """The configuration as YAML; `compose(["--config", file])` of it gives an equal `Config`."""
     omegaconf = require("omegaconf", "train")
-    return omegaconf.OmegaConf.to_yaml(omegaconf.OmegaConf.structured(config))
+    values = omegaconf.OmegaConf.to_container(omegaconf.OmegaConf.structured(config))
+    values["alignment"] = {"kernel": values.pop(KERNEL_FIELD), **values["alignment"]}
+    return omegaconf.OmegaConf.to_yaml(omegaconf.OmegaConf.create(values))
 
 
 def print_requested(argv: list[str]) -> bool:
@@ -145,7 +149,7 @@ def _fields(cls: type, prefix: str, term: str) -> Iterator[tuple[str, Any]]:
         elif typing.get_origin(hint) is dict:
             yield from _fields(TermConfig, f"{prefix}{name}.{term}.", term)
         else:
-            yield f"{prefix}{name}", hint
+            yield KERNEL if name == KERNEL_FIELD else f"{prefix}{name}", hint
 
 
 # The command line.
@@ -213,15 +217,15 @@ def _value(key: str, text: str) -> Any:
 
 def _preset(name: str) -> Any:
     hydra = require("hydra", "train")
-    from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
     if name and name not in presets():
         raise ConfigError(f"experiment={name} is not a preset{did_you_mean(name, presets())}")
-    ConfigStore.instance().store(name="base", node=Config)
     with hydra.initialize_config_module("repa_scale.configs", version_base="1.3"):
-        tree = hydra.compose("config", [f"experiment={name}"] if name else [])
-    OmegaConf.set_struct(tree, False)  # Hydra's flag would refuse new alignment terms; keys are checked in `_assign`
+        values = OmegaConf.to_container(hydra.compose("config", [f"experiment={name}"] if name else []))
+    tree = OmegaConf.structured(Config())
+    for key, value in values.items():
+        _assign(tree, str(key), value)
     return tree
 
 
@@ -254,6 +258,8 @@ def _assign(tree: Any, key: str, value: Any) -> None:
     from omegaconf.errors import OmegaConfBaseException
 
     parts = key.split(".")
+    if key.startswith(f"{KERNEL}.") or (key == KERNEL and isinstance(value, dict)):
+        raise ConfigError(f"{KERNEL} is a key (auto, triton or torch), not a term; give the term another name")
     if isinstance(value, dict):
         _check_group(parts)
         if parts[0] == "alignment" and len(parts) == 2 and parts[1] not in tree.alignment:
@@ -262,12 +268,12 @@ def _assign(tree: Any, key: str, value: Any) -> None:
             _assign(tree, f"{key}.{name}", inner)
         return
     hint = _check_key(parts)
-    if parts[0] == "alignment" and parts[1] not in tree.alignment:
+    if parts[0] == "alignment" and key != KERNEL and parts[1] not in tree.alignment:
         tree.alignment[parts[1]] = TermConfig()
     if value == "???":
         raise ConfigError(f"{key}=??? stands for a value that is still needed; give {key}={_describe(hint)}")
     try:
-        OmegaConf.update(tree, key, value, merge=False)
+        OmegaConf.update(tree, KERNEL_FIELD if key == KERNEL else key, value, merge=False)
     except (OmegaConfBaseException, ValueError, TypeError):
         raise ConfigError(f"{key}={_show(value)} is not {_describe(hint)}") from None
 

@@ -151,6 +151,7 @@ class Config:
     latents: LatentsConfig = field(default_factory=LatentsConfig)
     interpolant: InterpolantConfig = field(default_factory=InterpolantConfig)
     alignment: Dict[str, TermConfig] = field(default_factory=lambda: {"repa": TermConfig()})
+    alignment_kernel: str = "auto"  # auto | triton | torch; spelled `alignment.kernel` (compose.py)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

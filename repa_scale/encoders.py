@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from repa_scale import torchvision_fix
 from repa_scale.errors import ConfigError, DataError, UserError, reason, require
+from repa_scale.kernels import normalize_tokens, uses_triton
 from repa_scale.models.weights import check_names
 from repa_scale.sizes import EncoderSpec, encoder_spec
 
@@ -39,7 +40,23 @@ class Encoder(nn.Module):
         x = preprocess(images, self.spec, self.size).to(dtype)
         if self.spec.kind == "map":
             return self.network(x).flatten(2).transpose(1, 2)
-        return self.network.forward_features(x)[:, self.spec.prefix_tokens :]
+        tokens = self.network.forward_features(x)
+        return tokens if isinstance(self.network.norm, PatchNorm) else tokens[:, self.spec.prefix_tokens :]
+
+
+class PatchNorm(nn.Module):
+    """A network's last LayerNorm and the cut of its prefix tokens in one pass: (N, prefix + T, z) -> (N, T, z)."""
+
+    def __init__(self, norm: nn.LayerNorm, prefix: int) -> None:
+        super().__init__()
+        self.norm = norm
+        self.prefix = prefix
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        affine = None if self.norm.weight is None else (self.norm.weight, self.norm.bias)
+        return normalize_tokens(
+            tokens, "layernorm", self.prefix, eps=self.norm.eps, out_dtype=tokens.dtype, affine=affine, kernel="triton"
+        )
 
 
 class FeatureMap(nn.Module):
@@ -59,7 +76,12 @@ class FeatureMap(nn.Module):
 
 
 def build_encoder(
-    name: str, weights: str, grid: tuple[int, int], device: torch.device | str, dtype: torch.dtype
+    name: str,
+    weights: str,
+    grid: tuple[int, int],
+    device: torch.device | str,
+    dtype: torch.dtype,
+    kernel: str = "auto",
 ) -> Encoder:
     """An encoder that gives one token for each token of the transformer.
 
@@ -68,6 +90,7 @@ def build_encoder(
         weights: `hub`; `package` (of the row's Python package); `random`, for tests; or a local file
             (.safetensors, or a pickle of tensors), in timm's names or its authors'.
         grid: tokens (down, across); position tables are resampled to it.
+        kernel: `auto`, `triton` or `torch` (repa_scale.kernels), of the final LayerNorm.
 
     Raises:
         ConfigError: unknown encoder, or weights that the row does not offer.
@@ -92,7 +115,13 @@ def build_encoder(
         network = FeatureMap(network, spec.stride)
     elif not spec.final_norm:
         network.norm = nn.Identity()
+    elif _plain_layernorm(network.norm) and uses_triton(kernel, torch.device(device)):
+        network.norm = PatchNorm(network.norm, spec.prefix_tokens)
     return Encoder(network, spec, grid).to(device=device, dtype=dtype)
+
+
+def _plain_layernorm(norm: nn.Module) -> bool:
+    return isinstance(norm, nn.LayerNorm) and (norm.weight is None) == (norm.bias is None)
 
 
 def preprocess(images: Tensor, spec: EncoderSpec, size: int) -> Tensor:

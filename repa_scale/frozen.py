@@ -30,7 +30,7 @@ class Frozen:
         # The VAE stays in fp32: bf16 would round the posterior away.
         self.latents = build_latents(config, ranks.device, torch.float32)
         self.encoders = {
-            key: build_encoder(*key, grid, ranks.device, dtype)
+            key: build_encoder(*key, grid, ranks.device, dtype, config.alignment_kernel)
             for key in dict.fromkeys(term.source for term in terms.values())
         }
         if ranks.local_rank == 0:

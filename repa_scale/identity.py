@@ -1,6 +1,6 @@
 """Which run this is: the keys that must not change between starts, their hash, and the pair of a run and its baseline.
 
-Everything else in the configuration is free: steps, intervals, micro batch, activation checkpointing, compile,
+Everything else in the configuration is free: steps, intervals, micro batch, activation checkpointing, compile, kernels,
 ranks, ZeRO stage, workers, folders, sampling and tracking may change between two starts of one run.
 """
 

@@ -47,8 +47,10 @@ def run(config) -> ExitCode:
 
     ranks = Ranks.from_environment(config.train.device)
     validate(config, ranks.world_size)
+    from repa_scale.alignment import check_kernel
     from repa_scale.data.batches import check_dataset, open_dataset
 
+    check_kernel(config, ranks.device)
     dataset = open_dataset(config.data.path, verify=config.data.verify)
     check_dataset(dataset, config.model.num_classes, config.data.image_size, config.train.global_batch)
     from repa_scale.deepspeed_config import deepspeed_dict

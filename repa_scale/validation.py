@@ -21,6 +21,7 @@ CHOICES = {
     "train.device": ("auto", "cuda", "cpu"),
     "sample.sampler": ("euler", "heun", "sde"),
 }
+KERNELS = ("auto", "triton", "torch")
 TERM_CHOICES = {
     "normalize": ("none", "layernorm", "spatial"),
     "schedule": ("constant", "linear", "cosine"),
@@ -60,6 +61,7 @@ def validate(config: Config, world_size: int) -> None:
     """
     for key, known in CHOICES.items():
         _one_of(key, _value(config, key), known)
+    _one_of("alignment.kernel", config.alignment_kernel, KERNELS)
     for key in POSITIVE:
         _at_least(key, _value(config, key), 0, exclusive=True)
     for key in NOT_NEGATIVE:
@@ -128,6 +130,8 @@ def _check_model(config: Config) -> None:
 
 def _check_term(config: Config, name: str, term: TermConfig) -> None:
     key = f"alignment.{name}"
+    if name == "kernel":
+        raise ConfigError("alignment.kernel is a key, so no term can have its name; rename the term")
     if not TERM_NAME.fullmatch(name):
         raise ConfigError(f"{key}: a term's name has letters, digits and _ and starts with a letter; rename it")
     for field, known in TERM_CHOICES.items():

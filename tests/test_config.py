@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from repa_scale.compose import compose, known_keys, presets, print_requested, resolved_yaml
 from repa_scale.config import Config, TermConfig
@@ -91,6 +92,27 @@ def test_terms_can_be_added_and_removed(tmp_path):
     assert compose(["alignment.deep={depth: 2, weight: 1}"]).alignment["deep"] == TermConfig(depth=2, weight=1.0)
     assert "no such term" in refusal("~alignment.other")
     assert "only an alignment term" in refusal("~train.steps")
+
+
+def test_the_kernel_is_a_key_among_the_terms(tmp_path):
+    config = compose(["experiment=demo_repa", "alignment.kernel=torch"])
+    assert config.alignment_kernel == "torch" and list(config.alignment) == ["repa"]
+    assert compose(["experiment=demo_repa"]).alignment_kernel == "auto"
+    file = tmp_path / "config.yaml"
+    file.write_text(resolved_yaml(config))
+    assert "alignment:\n  kernel: torch\n  repa:\n" in file.read_text() and "alignment_kernel" not in file.read_text()
+    assert compose(["--config", str(file)]) == config
+    assert compose(["alignment={kernel: triton, repa: {depth: 2}}"]).alignment_kernel == "triton"
+    for words in ("alignment.kernel.depth=1", "alignment.kernel={depth: 1}"):
+        assert "not a term" in refusal(words)
+    assert "no such term" in refusal("~alignment.kernel")
+
+
+def test_a_preset_may_set_the_kernel(monkeypatch):
+    values = OmegaConf.create({"alignment": {"kernel": "torch", "repa": {"depth": 3}}})
+    monkeypatch.setattr("hydra.compose", lambda *_: values)
+    config = compose(["experiment=demo_repa"])
+    assert (config.alignment_kernel, config.alignment["repa"].depth) == ("torch", 3)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +219,9 @@ def _plain(value) -> bool:
 def _defaults(node, prefix=""):
     values = {}
     for name, value in vars(node).items():
-        if name == "alignment":
+        if name == "alignment_kernel":
+            values["alignment.kernel"] = value
+        elif name == "alignment":
             values |= _defaults(TermConfig(), "alignment.NAME.")
         elif hasattr(value, "__dataclass_fields__"):
             values |= _defaults(value, f"{prefix}{name}.")

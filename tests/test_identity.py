@@ -56,6 +56,7 @@ def test_identity_keys_change_the_hash(override):
         "run.name=renamed",
         "sample.steps=3",
         "tracking.uri=none",
+        "alignment.kernel=torch",
         "deepspeed.config=my.json",
     ],
 )

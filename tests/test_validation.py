@@ -27,6 +27,7 @@ def test_presets_are_valid(preset, world_size):
         ("optimizer.schedule=cosine", ["optimizer.schedule_steps"]),
         ("alignment.repa.schedule=linear", ["alignment.repa.schedule_steps"]),
         ("alignment.repa.schedule=line", ["'linear'"]),
+        ("alignment.kernel=tritn", ["alignment.kernel=tritn", "'triton'"]),
         ("alignment.repa.normalize=layer", ["alignment.repa.normalize=layer"]),
         ("alignment.repa.time_weighting=x", ["alignment.repa.time_weighting=x"]),
         ("alignment.repa.projector=mpl", ["'mlp'"]),

@@ -1,4 +1,8 @@
-"""Projectors: hidden tokens of the transformer to tokens of the target encoder. A new one is one row of the table."""
+"""Projectors: hidden tokens of the transformer to tokens of the target encoder. A new one is one row of the table.
+
+Given a target, a projector returns the loss instead of the tokens: the fused kernel reads the projector's weights, and
+ZeRO-3 gathers them for the forward pass of the module that holds them.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,17 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from repa_scale.errors import ConfigError, did_you_mean
+from repa_scale.kernels import cosine_loss, projector_cosine_loss
+
+
+class Projector(nn.Sequential):
+    """Layers in a row, (N, T, D) -> (N, T, z)."""
+
+    def forward(self, tokens: Tensor, target: Tensor | None = None, kernel: str = "auto") -> Tensor:
+        """The projected tokens; or their alignment loss for each image, (N,), if there is a target (N, T, z)."""
+        if target is None:
+            return super().forward(tokens)
+        return projector_cosine_loss(tokens, self, target, reduction="image", kernel=kernel)
 
 
 class ConvProjector(nn.Module):
@@ -17,20 +32,23 @@ class ConvProjector(nn.Module):
         self.grid = grid
         self.conv = nn.Conv2d(width, out, 3, padding=1)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(N, T, D) -> (N, T, z)."""
+    def forward(self, tokens: Tensor, target: Tensor | None = None, kernel: str = "auto") -> Tensor:
+        """(N, T, D) -> (N, T, z), or with a target (N, T, z) the alignment loss for each image, (N,)."""
         n, _, d = tokens.shape
-        return self.conv(tokens.transpose(1, 2).reshape(n, d, *self.grid)).flatten(2).transpose(1, 2)
+        # The map is channels-last as it stands, and so is the convolution's output: neither is copied.
+        projected = self.conv(tokens.transpose(1, 2).reshape(n, d, *self.grid)).flatten(2).transpose(1, 2)
+        # No more is fused: the convolution keeps its input alone, so there is nothing to recompute.
+        return projected if target is None else cosine_loss(projected, target, reduction="image", kernel=kernel)
 
 
 def _mlp(width: int, hidden: int, out: int, grid: tuple[int, int]) -> nn.Module:
     """REPA's projector: three Linears with SiLU between them (REPA, section 4)."""
     layers = (nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, out))
-    return nn.Sequential(*layers)
+    return Projector(*layers)
 
 
 def _linear(width: int, hidden: int, out: int, grid: tuple[int, int]) -> nn.Module:
-    return nn.Sequential(nn.Linear(width, out))
+    return Projector(nn.Linear(width, out))
 
 
 def _conv(width: int, hidden: int, out: int, grid: tuple[int, int]) -> nn.Module:
@@ -45,7 +63,7 @@ PROJECTORS: dict[str, Callable[[int, int, int, tuple[int, int]], nn.Module]] = {
 
 
 def build_projector(kind: str, width: int, hidden: int, out: int, grid: tuple[int, int]) -> nn.Module:
-    """A module (N, T, D) -> (N, T, z).
+    """A module (N, T, D) -> (N, T, z), or with a target (N, T, z) and a kernel's name -> the loss (N,).
 
     Args:
         kind: a name of `PROJECTORS`.
