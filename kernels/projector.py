@@ -214,8 +214,8 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, upstream, *_others):
-    hidden, *parameters = ctx.saved_tensors[:7]
-    target, weight, *saved = ctx.saved_tensors[7:]
+    kept = ctx.saved_tensors  # read once: under activation checkpointing a second look is an error
+    (hidden, *parameters), (target, weight, *saved) = kept[:7], kept[7:]
     found = projector_loss_backward_op(upstream, hidden, parameters[::2], target, weight, saved, ctx.by_image)
     gradients = [g.to(p.dtype) for g, p in zip(found, (hidden, *parameters), strict=True)]
     return gradients[0], gradients[1:], None, None, None, None
