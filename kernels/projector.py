@@ -22,13 +22,14 @@ def silu_backward(
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     mask = (r < rows)[:, None] & (c < WIDTH)[None, :]
-    at = r.to(tl.int64)[:, None] * WIDTH + c[None, :]
-    h = tl.load(before + at, mask=mask, other=0.0).to(tl.float32)
-    g = tl.load(gradient + at, mask=mask, other=0.0).to(tl.float32)
+    first = tl.program_id(0).to(tl.int64) * ROWS * WIDTH
+    at = tl.arange(0, ROWS)[:, None] * WIDTH + c[None, :]
+    h = tl.load(before + first + at, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(gradient + first + at, mask=mask, other=0.0).to(tl.float32)
     sigmoid = tl.div_rn(1.0, 1.0 + tl.exp(-h))
     g = (g * sigmoid * (1.0 + h * (1.0 - sigmoid))).to(gradient.dtype.element_ty)
-    tl.store(gradient + at, g, mask=mask)
-    tl.store(after + at, (h * sigmoid).to(after.dtype.element_ty), mask=mask)
+    tl.store(gradient + first + at, g, mask=mask)
+    tl.store(after + first + at, (h * sigmoid).to(after.dtype.element_ty), mask=mask)
     tl.store(sums + tl.program_id(0) * WIDTH + c, tl.sum(g.to(tl.float32), 0), mask=c < WIDTH)
 
 

@@ -50,7 +50,7 @@ _SPATIAL = {
     1024: Tile(1024, 32, 16),
     2048: Tile(2048, 16, 16),
 }
-# The SiLU's gradient works on a plane of any size; 64 rows make one partial sum of the bias gradient.
+# SiLU's gradient works on a plane of any size; the rows of a tile make one partial sum of the bias gradient.
 _SILU = {64: Tile(64, 64, 8)}
 
 # kernel -> architecture -> next power of two of what the program must hold -> tile. The cosine's rows must stay equal

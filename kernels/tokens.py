@@ -44,7 +44,8 @@ def spatial(
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     i = tl.arange(0, ROWS)
     mask = (i < tokens)[:, None] & (c < WIDTH)[None, :]
-    v = tl.load(x + (image * pitch + i)[:, None] * WIDTH + c[None, :], mask=mask, other=0.0).to(tl.float32)
+    inside = i[:, None] * WIDTH + c[None, :]  # 32 bits from the image's first element on: fewer registers
+    v = tl.load(x + image * pitch * WIDTH + inside, mask=mask, other=0.0).to(tl.float32)
     # Mean first, then centred: E[x^2] - E[x]^2 cancels for DINOv2's large channels. The mean's own rounding is taken
     # out as well, so that a channel that is constant over the tokens has a deviation of 0: 1 / eps would blow it up.
     rough = tl.sum(v, 0) / tokens
@@ -52,9 +53,9 @@ def spatial(
     rest = tl.sum(centred, 0) / tokens
     centred = tl.where(mask, centred - rest[None, :], 0.0)
     spread = tl.sqrt_rn(tl.sum(centred * centred, 0) / (tokens - 1))
-    result = (v - (gamma * (rough + rest))[None, :]) * tl.div_rn(1.0, spread + eps)[None, :]
-    at = (image * tokens + i)[:, None] * WIDTH + c[None, :]
-    tl.store(out + at, result.to(out.dtype.element_ty), mask=mask)
+    # x - gamma mean = (x - mean) + (1 - gamma) mean, so that x itself need not be kept.
+    result = (centred + ((1.0 - gamma) * (rough + rest))[None, :]) * tl.div_rn(1.0, spread + eps)[None, :]
+    tl.store(out + image * tokens * WIDTH + inside, result.to(out.dtype.element_ty), mask=mask)
 
 
 def normalize(
