@@ -16,6 +16,7 @@ import torch
 from repa_scale.kernels import cosine_loss, normalize_tokens, projector_cosine_loss
 from repa_scale.kernels.choice import INTERPRETED
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
@@ -69,7 +70,7 @@ def small_cases() -> dict[str, Callable[[str], None]]:
     for dtype in DTYPES:
         cases[f"projector {NAMES[dtype]} in chunks"] = partial(check_projector, dtype, "mean", True, chunk=7)
     for check in (
-        check_mean_over_many, check_rows_alone, check_repeats, check_parts_of_the_projector, check_autocast,
+        check_guards, check_encoder, check_mean_over_many, check_rows_alone, check_repeats, check_parts_of_the_projector, check_autocast,
         check_checkpointing, check_compile, check_second_derivative, check_no_gradient_for_targets, check_refusals,
     ):  # fmt: skip
         cases[check.__name__.removeprefix("check_").replace("_", " ")] = check
@@ -235,6 +236,62 @@ def check_projector(
         assert error <= allowed, f"{name}: error {error:.1e}, eager torch's {of_eager:.1e}"
 
 
+class Guarded(TorchDispatchMode):
+    """Gives every buffer that is allocated inside it a frame of a known value on both sides."""
+
+    EMPTY = (torch.ops.aten.empty.memory_format, torch.ops.aten.new_empty.default, torch.ops.aten.empty_like.default)
+    FRAME, VALUE = 4096, 77.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.buffers: list[Tensor] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function not in self.EMPTY or not out.is_floating_point():
+            return out
+        framed = torch.full((out.numel() + 2 * self.FRAME,), self.VALUE, dtype=out.dtype, device=out.device)
+        self.buffers.append(framed)
+        return framed[self.FRAME : self.FRAME + out.numel()].view(out.shape)
+
+    def intact(self) -> bool:
+        ends = [end for b in self.buffers for end in (b[: self.FRAME], b[-self.FRAME :])]
+        return len(ends) > 0 and all(bool((end == self.VALUE).all()) for end in ends)
+
+
+def check_guards(device: str) -> None:
+    """Nothing is written outside a buffer, and (the inputs stand among NaN) nothing outside is used."""
+    from repa_scale.kernels import cosine, projector, tokens
+
+    for width, dtype in itertools.product((1, 3, 112, 1000), (BF16, FP32)):
+        x, y = (made((3, 5, width), dtype, "prefix", seed, device) for seed in (0, 1))
+        with Guarded() as guarded:
+            loss, scalars = cosine.forward(x, y, None, True)
+            gradient = cosine.backward(torch.ones_like(loss), x, y, None, scalars, True)
+            mean, _ = cosine.forward(x, y, None, False)
+            normed = [tokens.normalize(x, kind, 0.6, 1e-6, dtype, None) for kind in ("layernorm", "spatial")]
+            before = x.reshape(-1, width)
+            after, sums = projector.through_silu(y.reshape(-1, width).clone(), before)
+        assert guarded.intact(), (width, dtype)
+        assert all(t.isfinite().all() for t in (loss, gradient, mean, *normed, after, sums))
+
+
+def check_encoder(device: str) -> None:
+    """The norm of a ViT and the cut of its prefix tokens in one pass, against timm's norm and a slice."""
+    from repa_scale.encoders import PatchNorm, build_encoder
+
+    images = torch.randint(0, 256, (2, 3, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    fused, plain = (
+        build_encoder("dinov2-reg-vit-s", "random", (2, 2), device, FP32, kernel) for kernel in ("triton", "torch")
+    )
+    assert isinstance(fused.network.norm, PatchNorm) and not isinstance(plain.network.norm, PatchNorm)
+    ours, theirs = (encoder(images.to(device)) for encoder in (fused, plain))
+    assert ours.shape == (2, 4, 384) and ours.is_contiguous()
+    close(
+        ours, theirs, 1e-4 if device == "cuda" else 1e-5, "encoder"
+    )  # the networks before it are cuDNN's and cuBLAS's
+
+
 def check_mean_over_many(device: str) -> None:
     """More rows than one group of the sum over all rows."""
     x, y = (made((1, 2100, 3), FP32, "plain", seed, device) for seed in (0, 1))
@@ -297,7 +354,7 @@ def check_checkpointing(device: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def check_compile(device: str) -> None:
+def check_compile(device: str, backend: str = "aot_eager") -> None:
     """torch.compile takes each function into one graph; losses and gradients are the same bits."""
     projector = papers_projector((48, 96, 40), FP32, device)
     hidden, target = (made((3, 5, size), FP32, "plain", i, device) for i, size in enumerate((48, 40)))
@@ -310,7 +367,7 @@ def check_compile(device: str) -> None:
 
     for chunk in (None, 4):
         results = []
-        for function in (whole, torch.compile(whole, fullgraph=True, backend="aot_eager")):
+        for function in (whole, torch.compile(whole, fullgraph=True, backend=backend)):
             projector.zero_grad()
             x = hidden.clone().requires_grad_()
             loss = function(x, chunk)
