@@ -70,8 +70,9 @@ def small_cases() -> dict[str, Callable[[str], None]]:
     for dtype in DTYPES:
         cases[f"projector {NAMES[dtype]} in chunks"] = partial(check_projector, dtype, "mean", True, chunk=7)
     for check in (
-        check_guards, check_encoder, check_mean_over_many, check_rows_alone, check_repeats, check_parts_of_the_projector, check_autocast,
-        check_checkpointing, check_compile, check_second_derivative, check_no_gradient_for_targets, check_refusals,
+        check_guards, check_encoder, check_mean_over_many, check_rows_alone, check_repeats, check_autocast,
+        check_parts_of_the_projector, check_checkpointing, check_compile, check_second_derivative,
+        check_no_gradient_for_targets, check_refusals,
     ):  # fmt: skip
         cases[check.__name__.removeprefix("check_").replace("_", " ")] = check
     return cases

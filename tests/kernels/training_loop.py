@@ -1,4 +1,4 @@
-"""A short training under ZeRO-3 in this process, on made-up latents and targets: for the GPU tests and the benchmark."""
+"""A short training under ZeRO-3 in this process, on made-up latents and targets."""
 
 from __future__ import annotations
 
