@@ -1,7 +1,7 @@
 """The kernels against eager torch, the public code's loop, torch.compile and a plain copy: time, bandwidth, memory.
 
     python -m benchmarks.kernels                    on a GPU: 8,192 and 65,536 rows, widths 384 to 1,536, bf16
-    python -m benchmarks.kernels                    without one: small, the plain forms' times and everyone's memory
+    python -m benchmarks.kernels                    without one: the plain forms, small, and what can be counted
     python -m benchmarks.kernels --only projector --rows 65536
 
 Buffers are rotated through more than the L2 cache, and bandwidth is a share of what a copy reaches in the same run.
@@ -47,7 +47,7 @@ Work = Callable[[dict[str, Tensor]], Tensor]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=[8192, 65536] if CUDA else [2048])
+    parser.add_argument("--rows", type=int, nargs="+", default=[8192, 65536] if CUDA else [512])
     parser.add_argument("--widths", type=int, nargs="+", default=[384, 768, 1024, 1536] if CUDA else [768])
     parser.add_argument("--only", nargs="+", default=list(GOALS), choices=list(GOALS))
     parser.add_argument("--rounds", type=int, default=20 if CUDA else 3)
@@ -64,7 +64,8 @@ def main() -> None:
                 rows += measured(kernel, count, width, device, copy, args.rounds)
     counted = {"projector_peak_bytes": counted_memory(), "bytes_a_row": counted_bytes()}
     write_row("kernels", {"copy_bytes_per_second": copy, "goals": GOALS, "rows": rows, "counted": counted})
-    name = "kernels-" + "".join(c if c.isalnum() else "_" for c in device_name())
+    part = "" if len(args.only) == len(GOALS) else "-".join(["", *args.only])
+    name = "kernels-" + "".join(c if c.isalnum() else "_" for c in device_name()) + part
     with (RESULTS / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
