@@ -1,7 +1,7 @@
 """Every kernel variant compiled for a GPU that need not be there: registers, shared memory, spills, bytes moved.
 
 A variant is what the table of tiles can pick: a kernel, its dtypes and its tile. The width is compiled in as well; each
-tile is built for the widest encoder that it serves, or for its full width.
+tile is built for the narrowest encoder that it serves (the one with most masks), or for its full width.
 """
 
 from __future__ import annotations
@@ -154,8 +154,8 @@ def build(variant: Variant) -> Built:
 
 
 def _width(size: int) -> int:
-    """The widest encoder of those for which `size` is the next power of two; `size` itself if there is none."""
-    return max((w for w in WIDTHS if size // 2 < w <= size), default=size)
+    """The narrowest encoder of those for which `size` is the next power of two; `size` itself if there is none."""
+    return min((w for w in WIDTHS if size // 2 < w <= size), default=size)
 
 
 def _resources(cubin: bytes, triton_folder: Path) -> tuple[int, int]:

@@ -41,6 +41,8 @@ _ROWWISE = {
     2048: Tile(1, 2048, 4),
     4096: Tile(1, 4096, 8),
 }
+# One operand alone, so twice the rows: they share the affine weights, which are read once a program.
+_LAYERNORM = {size: Tile(2 * tile.rows, size, 2 * tile.warps) for size, tile in _ROWWISE.items()}
 # All tokens of an image are held in registers: 16 to 64 elements a thread; a warp reads at least 64 contiguous bytes.
 _SPATIAL = {
     64: Tile(64, 32, 4),
@@ -57,7 +59,7 @@ _SILU = {64: Tile(64, 64, 8)}
 # between architectures (the order of its sums is promised); those of the others may part.
 TILES: dict[str, dict[int, dict[int, Tile]]] = {
     "cosine": dict.fromkeys(ARCHITECTURES, _ROWWISE),
-    "layernorm": dict.fromkeys(ARCHITECTURES, _ROWWISE),
+    "layernorm": dict.fromkeys(ARCHITECTURES, _LAYERNORM),
     "spatial": dict.fromkeys(ARCHITECTURES, _SPATIAL),
     "silu": dict.fromkeys(ARCHITECTURES, _SILU),
 }
