@@ -34,7 +34,7 @@ def cosine_loss(
     Raises:
         ValueError: shapes that do not fit, or a kernel that cannot run here.
     """
-    _check_rows(projected, target, weight, reduction)
+    _check_rows(projected.shape, target, weight, reduction)
     if not use_triton(kernel, projected, unsupported(projected, target)):
         return reference.cosine_loss(projected, target, weight, reduction)
     from repa_scale.kernels.cosine import cosine_loss_op
@@ -79,11 +79,9 @@ def projector_cosine_loss(
         raise ValueError(f"chunk={chunk} with reduction={reduction!r}: it needs 1 row or more and reduction='mean'")
     if not _is_papers(projector):
         return cosine_loss(reference.project(projector, hidden), target, weight, reduction, kernel)
+    _check_rows((*hidden.shape[:-1], projector[4].out_features), target, weight, reduction)
     if not use_triton(kernel, hidden, unsupported(hidden, target)):
-        projected = reference.project(projector, hidden)
-        _check_rows(projected, target, weight, reduction)
-        return reference.cosine_loss(projected, target, weight, reduction)
-    _check_rows(hidden[..., :1].expand(*hidden.shape[:-1], projector[4].out_features), target, weight, reduction)
+        return reference.projector_cosine_loss(hidden, projector, target, weight, reduction)
     from repa_scale.kernels.projector import projector_loss_in_chunks_op, projector_loss_op
 
     kind = hidden.device.type
@@ -148,9 +146,10 @@ def normalize_tokens(
     return normalize_tokens_op(tokens[:, prefix:], kind, gamma, eps, out_dtype or torch.float32, weight, bias)
 
 
-def _check_rows(projected: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> None:
-    shape = tuple(projected.shape)
-    if len(shape) < 2 or target.shape != projected.shape:
+def _check_rows(shape: tuple[int, ...], target: Tensor, weight: Tensor | None, reduction: str) -> None:
+    """shape: of the projected rows."""
+    shape = tuple(shape)
+    if len(shape) < 2 or tuple(target.shape) != shape:
         raise ValueError(f"projected {shape} and target {tuple(target.shape)} must have one shape (..., z)")
     if reduction not in ("mean", "image") or (reduction == "image" and len(shape) != 3):
         raise ValueError(f"reduction={reduction!r} of shape {shape}: it is mean, or image for (N, T, z)")

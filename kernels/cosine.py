@@ -36,7 +36,6 @@ def cosine_forward(
     y = tl.load(target + of_target[:, None] + c[None, :], mask=mask, other=0.0).to(tl.float32)
     x_length = tl.sqrt_rn(tl.sum(x * x, 1))
     y_length = tl.sqrt_rn(tl.sum(y * y, 1))
-    # `where`, not `maximum`, which would drop a NaN.
     x_inverse = tl.div_rn(1.0, tl.where(x_length < EPS, EPS, x_length))
     y_inverse = tl.div_rn(1.0, tl.where(y_length < EPS, EPS, y_length))
     # Both are scaled before they meet: the product of two long rows overflows where their cosine does not.

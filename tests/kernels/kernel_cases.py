@@ -43,7 +43,7 @@ TOLERANCE = {
     "projector fp32": 1e-5,
 }
 WIDTHS = (1, 3, 112, 384, 768, 1000, 1024, 1280, 1536)
-FLAVOURS = ("prefix", "offset", "strided", "zeros", "huge", "tiny", "weighted", "not finite")
+FLAVOURS = ("prefix", "offset", "strided", "zeros", "huge", "tiny", "vanishing", "weighted", "not finite")
 
 
 def small_cases() -> dict[str, Callable[[str], None]]:
@@ -106,7 +106,10 @@ def made(shape: tuple[int, ...], dtype: torch.dtype, flavour: str, seed: int, de
     n, tokens, width = shape
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator, dtype=torch.float64)
-    x *= {"huge": 1e4, "tiny": 1e-4 if dtype is FP16 else 1e-20}.get(flavour, 1.0)
+    # Tiny: a length of a third of EPS, where it is a constant in the gradient (fp16 does not reach so far down).
+    # Vanishing: squares underflow.
+    tiny, vanishing = (1e-4, 1e-7) if dtype is FP16 else (3e-14, 1e-25)
+    x *= {"huge": 1e4, "tiny": tiny, "vanishing": vanishing}.get(flavour, 1.0)
     if flavour == "large mean":
         x += 50 * torch.randn(width, generator=generator, dtype=torch.float64)
     if flavour == "zeros":

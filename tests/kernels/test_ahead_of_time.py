@@ -4,12 +4,15 @@
 """
 
 import json
+import os
+import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
+from repa_scale.kernels import report
 from repa_scale.kernels.ahead_of_time import KERNELS, build, variants
 
 FILE = Path(__file__).parent / "bounds.json"
@@ -88,6 +91,26 @@ def test_every_kernel_and_architecture_is_there(built):
     assert {(b.variant.kernel, b.variant.architecture) for b in built} == {
         (kernel, architecture) for kernel in KERNELS for architecture in (80, 90, 100)
     }
+
+
+def test_the_report_has_a_line_for_each_variant(monkeypatch, capsys):
+    some = variants(architectures=(90,))[:3]
+    monkeypatch.setattr(report, "variants", lambda complete, architectures: some)
+    assert report.main([]) == 0
+    heading, *rows, last = capsys.readouterr().out.splitlines()
+    assert heading.split() == list(report.HEADINGS) and last == "3 variants, 0 with spills"
+    assert [row.split()[0] for row in rows] == [variant.kernel for variant in some]
+    assert all(int(row.split()[6]) > 0 for row in rows)
+
+
+def test_the_report_refuses_to_run_under_the_interpreter():
+    done = subprocess.run(
+        [sys.executable, "-m", "repa_scale.kernels.report"],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 64 and "TRITON_INTERPRET=1 is set" in done.stderr and "Traceback" not in done.stderr
 
 
 if __name__ == "__main__":
