@@ -65,6 +65,7 @@ def small_cases() -> dict[str, Callable[[str], None]]:
     for tokens in (2, 64, 196, 256, 1024, 2048):
         _add(cases, check_spatial, (1, tokens, 40), (BF16, FP32), "prefix")
         _add(cases, check_spatial, (1, tokens, 3), (FP16, FP32), "constant channels")
+        _add(cases, check_spatial, (1, tokens, 3), (FP32, FP32), "constant channels")
     for dtype, (reduction, weighted) in itertools.product(DTYPES, (("mean", True), ("image", False))):
         cases[f"projector {NAMES[dtype]} {reduction}"] = partial(check_projector, dtype, reduction, weighted)
     for dtype in DTYPES:
@@ -72,7 +73,7 @@ def small_cases() -> dict[str, Callable[[str], None]]:
     for check in (
         check_guards, check_encoder, check_mean_over_many, check_rows_alone, check_repeats, check_autocast,
         check_parts_of_the_projector, check_checkpointing, check_compile, check_second_derivative,
-        check_no_gradient_for_targets, check_refusals,
+        check_no_gradient_for_targets, check_refusals, check_operators,
     ):  # fmt: skip
         cases[check.__name__.removeprefix("check_").replace("_", " ")] = check
     return cases
@@ -378,6 +379,27 @@ def check_compile(device: str, backend: str = "aot_eager") -> None:
             loss.backward()
             results.append([loss.detach(), x.grad, *(p.grad.clone() for p in projector.parameters())])
         assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-8) for a, b in zip(*results, strict=True))
+
+
+def check_operators(device: str) -> None:
+    """torch's own check of an operator: its schema, and that its fake gives the shapes and dtypes of the real one."""
+    from repa_scale.kernels import cosine, projector, tokens
+
+    x, y = (made((3, 5, 40), BF16, "plain", seed, device) for seed in (0, 1))
+    weight, upstream = torch.rand(15, device=device), torch.rand(3, device=device)
+    parameters = [p.detach() for p in papers_projector((40, 48, 40), BF16, device).parameters()]
+    _, scalars = cosine.forward(x, y, weight, True)
+    _, *saved = projector.forward(x, parameters, y, None, True, BF16)
+    check = partial(torch.library.opcheck, test_utils=("test_schema", "test_faketensor"))
+    for by_image in (True, False):
+        check(cosine.cosine_loss_op, (x, y, weight, by_image))
+        check(projector.projector_loss_op, (x, parameters, y, None, by_image, BF16))
+    check(cosine.cosine_loss_backward_op, (upstream, x, y, weight, scalars, True))
+    check(projector.projector_loss_backward_op, (upstream, x, parameters[::2], y, None, saved, True))
+    for gradients in (True, False):
+        check(projector.projector_loss_in_chunks_op, (x, parameters, y, weight, BF16, 2, gradients))
+    check(tokens.normalize_tokens_op, (x, "layernorm", 0.6, 1e-6, FP16, weight[:1].expand(40), weight[:1].expand(40)))
+    check(tokens.normalize_tokens_op, (x, "spatial", 0.6, 1e-6, FP32, None, None))
 
 
 def check_second_derivative(device: str) -> None:
