@@ -44,6 +44,7 @@ def test_registers_and_shared_memory_stay_within_what_was_recorded(built):
     recorded = json.loads(FILE.read_text())
     if recorded["triton"] != triton.__version__:
         pytest.skip(f"recorded with triton {recorded['triton']}, this is {triton.__version__}")
+    assert not {b.variant.name for b in built} - set(recorded["variants"]), "not recorded yet"
     over = []
     for b in built:
         registers, shared = recorded["variants"][b.variant.name]
