@@ -27,6 +27,7 @@ from repa_scale.errors import DataError
 __all__ = ["Batch", "Batches", "DataSet", "check_dataset", "decode", "open_dataset"]
 
 PREFETCH = 4  # batches that each worker makes ahead
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PATIENCE = 600.0  # seconds without a batch after which the loader is taken for dead
 
 
@@ -98,7 +99,8 @@ class Batches:
             worker_init_fn=_leave_signals_to_the_parent,
             pin_memory=torch.cuda.is_available(),
         )
-        self._stream = iter(loader)
+        with _stop_signals_held():  # the workers are forked here, and keep them held until they know what to do
+            self._stream = iter(loader)
         while True:
             try:
                 batch = next(self._stream)
@@ -132,6 +134,16 @@ class Batches:
         self._stream = None
 
 
+@contextlib.contextmanager
+def _stop_signals_held() -> Iterator[None]:
+    """Stop signals that come inside are delivered behind it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _leave_signals_to_the_parent(worker: int) -> None:
     """A job's stop signal often goes to all its processes, and the trainer needs batches until it has saved.
 
@@ -140,9 +152,9 @@ def _leave_signals_to_the_parent(worker: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not hasattr(signal, "sigtimedwait"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         return
     parent = os.getppid()
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 
     def listen() -> None:
         while os.getppid() == parent:
