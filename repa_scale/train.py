@@ -115,7 +115,7 @@ def run_tags(config, ranks, identity: dict, dataset) -> dict[str, str]:
     """What MLflow shows of a run besides its parameters."""
     from repa_scale.deepspeed_config import zero_stage
 
-    terms = config.alignment
+    terms = {} if config.method == "baseline" else config.alignment
     return {
         "method": config.method,
         "model": config.model.name,
