@@ -27,6 +27,8 @@ def main(argv: list[str]) -> int:
     args = _parse(argv)
     if args.check:
         return _check(Path(args.check))
+    if args.bench:
+        return _bench(args)
     if not args.source or not args.out or args.size is None:
         raise ConfigError(f"SOURCE, --out and --size are needed, as in: {EXAMPLE}")
     if not SIZES[0] <= args.size <= SIZES[1]:
@@ -84,6 +86,15 @@ def _check(folder: Path) -> int:
     return ExitCode.COMPLETED
 
 
+def _bench(args: argparse.Namespace) -> int:
+    from repa_scale.prepare_bench import bench
+
+    dataset = open_dataset(args.bench)
+    for line in bench(dataset, args.workers, args.model, args.encoder, args.gpu):
+        print(line)
+    return ExitCode.COMPLETED
+
+
 def _summary(dataset: DataSet) -> str:
     classes = f"{len(dataset.class_names)} classes" if dataset.class_names else "no classes"
     return (
@@ -125,4 +136,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that decode")
     parser.add_argument("--limit", type=int, help="take at most that many images, evenly spread over the source")
     parser.add_argument("--check", metavar="FOLDER", help="verify a prepared set instead")
+    parser.add_argument("--bench", metavar="FOLDER", help="measure the data path from a prepared set on this machine")
+    parser.add_argument("--model", default="SiT-XL/2", help="with --bench: the backbone to feed (default: SiT-XL/2)")
+    parser.add_argument("--encoder", default="dinov2-vit-b", help="with --bench (default: dinov2-vit-b)")
+    parser.add_argument("--gpu", help="with --bench: the GPU to feed, A100, H100, H200 or B200 (default: this one's)")
     return parser.parse_args(argv)
