@@ -33,7 +33,7 @@ def projector_flops(width: int, target: int, tokens: int, hidden: int = PROJECTO
 
 
 def encoder_flops(name: str, tokens: int) -> float:
-    """Forward pass of a target encoder on one image; 0 where it is no ViT, whose cost is small. DINOv2-B at 256: 46e9."""
+    """Forward pass of a target encoder on one image; 0 where it is no ViT. DINOv2-B at 256: 46e9."""
     spec = encoder_spec(name)
     if spec.kind != "vit":
         return 0.0
