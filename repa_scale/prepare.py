@@ -190,6 +190,8 @@ def _check(folder: Path, sample: int | None) -> int:
     with _progress() as bar:
         task = bar.add_task("checking", total=None)
         dataset, found = check_set(folder, sample, lambda done, total: bar.update(task, completed=done, total=total))
+    if len(found.problems) == 1:
+        raise DataError(found.problems[0])
     for problem in found.problems[:PROBLEMS]:
         print(problem)
     if found.problems:

@@ -302,15 +302,16 @@ def test_a_full_disk_is_one_line(tree, tmp_path):
         subprocess.run(["umount", small], check=True)
 
 
-def test_damage_is_found(tree, tmp_path):
+def test_damage_is_found(tree, tmp_path, capsys):
     out = tmp_path / "set"
     prepare(tree, out)
     shard = out / "shard.00000.mds"
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
-    with pytest.raises(DataError, match="sha256 is not the one"):
+    with pytest.raises(DataError, match=r"2 problems"):
         main(["--check", str(out)])
+    assert "sha256 is not the one" in capsys.readouterr().out
     index = json.loads((out / "index.json").read_text())
     index["shards"][0]["raw_data"]["basename"] = "../../etc/passwd"
     (out / "index.json").write_text(json.dumps(index))

@@ -1,4 +1,4 @@
-"""What is wrong with a prepared set: index, hashes, pictures, features, labels, ids, counts. All of it, not the first."""
+"""What is wrong with a prepared set: index, hashes, pictures, features, labels, ids, counts; all of it is told."""
 
 from __future__ import annotations
 
@@ -117,6 +117,8 @@ def balance(counts: list[int], class_names: list[str]) -> str:
     if not counts:
         return "no classes"
     low, high = int(np.argmin(counts)), int(np.argmax(counts))
+    if counts[low] == counts[high]:
+        return f"{len(counts)} classes of {counts[low]} samples each"
     text = (
         f"{len(counts)} classes of {counts[low]} ({class_names[low]}) to {counts[high]} ({class_names[high]}) samples, "
         f"{sum(counts) / len(counts):.1f} on average"

@@ -47,7 +47,7 @@ class Stored:
 
     @property
     def column(self) -> str:
-        return self.kind if self.kind == "moments" else f"tokens.{self.network}"
+        return self.kind if self.kind == "moments" else column_of_tokens(self.network)
 
     def columns(self, flip: bool) -> tuple[str, ...]:
         return (self.column, self.column + FLIPPED) if flip else (self.column,)
@@ -99,6 +99,10 @@ class Stored:
         return raw.view(DTYPES[self.dtype]).view(self.shape)
 
 
+def column_of_tokens(encoder: str) -> str:
+    return f"tokens.{encoder}"
+
+
 def stored_features(manifest: dict[str, Any]) -> list[Stored]:
     """What the samples of a set hold besides the picture.
 
@@ -130,12 +134,12 @@ class Cached:
     tokens: tuple[Stored, ...] = ()
     pictures: bool = True
 
-    def read(self, row: dict[str, Any], what: str, flipped: bool = False) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """Moments (2C, h, w) fp32 and tokens by encoder, (T, z), of one sample."""
-        moments = None
+    def read(self, row: dict[str, Any], what: str, flipped: bool = False) -> dict[str, Tensor]:
+        """Of one sample by column: moments (2C, h, w) fp32; tokens (T, z) as stored, or fp32 where that is int8."""
+        values = {one.column: one.unpack(row[_column(one, flipped)], what) for one in self.tokens}
         if self.moments is not None:
-            moments = self.moments.unpack(row[_column(self.moments, flipped)], what).float()
-        return moments, {one.network: one.unpack(row[_column(one, flipped)], what) for one in self.tokens}
+            values["moments"] = self.moments.unpack(row[_column(self.moments, flipped)], what).float()
+        return values
 
 
 def _column(stored: Stored, flipped: bool) -> str:

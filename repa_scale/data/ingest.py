@@ -47,6 +47,7 @@ SHARD_BYTES = 1 << 26
 IN_FLIGHT = 8  # images a worker has ahead
 LARGEST_FILE = 1 << 28  # bytes; an archive's member could unpack to any size
 PATIENCE = 600.0  # seconds for one picture
+LOCK_PATIENCE = 3.0  # seconds: the workers of a process that was killed hold its lock until they notice
 
 # (N, S, S, 3) uint8 crops -> of each image its feature columns, or the reason why there are none.
 FeatureMaker = Callable[[np.ndarray], "list[dict[str, bytes] | str]"]
@@ -202,10 +203,15 @@ def _claimed(out: Path, job: dict[str, Any]) -> Iterator[None]:
     """Holds `out` for this process and this job alone; a process that dies lets go of it."""
     _claim(out, job)
     with (out / WORK / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"--out {out} is being written by another prepare; wait for it to end") from None
+        deadline = time.monotonic() + LOCK_PATIENCE
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise DataError(f"--out {out} is being written by another prepare; wait for it to end") from None
+                time.sleep(0.05)
         yield
 
 
@@ -436,7 +442,7 @@ def _depend(parent: int) -> None:
 
     def watch() -> None:
         while os.getppid() == parent:
-            time.sleep(1)
+            time.sleep(0.2)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
