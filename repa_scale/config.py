@@ -34,6 +34,7 @@ class DataConfig:
     """The prepared data set (see `repa-scale prepare`)."""
 
     path: str = ""
+    source: str = "image"  # image | moments | moments+tokens: what is read as the set stores it, not made in each step
     image_size: int = 256  # pixels; must equal the prepared size
     workers: int = 2  # loader processes a rank; 0: decode in the training process
     verify: bool = True  # check the hash of every shard before its first use

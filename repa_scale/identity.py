@@ -34,11 +34,15 @@ def identity_keys(config: Config, data_fingerprint: str) -> dict[str, Any]:
         "train.precision": config.train.precision,
         "train.init_from": _base_name(config.train.init_from),
     }
+    if config.data.source != "image":  # absent else, so that older runs keep their hash
+        keys["data.stored_moments"] = True
     for room in ("model", "latents", "interpolant", "optimizer"):
         keys |= _flat(room, getattr(config, room))
     if config.method != "baseline":
         for name, term in config.alignment.items():
             keys |= _flat(f"alignment.{name}", term)
+        if config.data.source == "moments+tokens":
+            keys["alignment.stored_tokens"] = True
     return dict(sorted(keys.items()))
 
 

@@ -53,6 +53,7 @@ def run(config) -> ExitCode:
     check_kernel(config, ranks.device)
     dataset = open_dataset(config.data.path, verify=config.data.verify)
     check_dataset(dataset, config.model.num_classes, config.data.image_size, config.train.global_batch)
+    dataset.cached = stored_features_of(config, dataset)
     from repa_scale.deepspeed_config import deepspeed_dict
     from repa_scale.state import check_initial
 
@@ -87,6 +88,24 @@ def run(config) -> ExitCode:
         if tracker is not None:
             tracker.finish("failed")
         raise
+
+
+def stored_features_of(config, dataset):
+    """What `data.source` reads of the set, which must be of the run's own networks (data/features.py)."""
+    from repa_scale.data.features import choose_features
+    from repa_scale.sizes import latent_grid, token_grid
+
+    channels, *plane = latent_grid(config.data.image_size, config.latents.name)
+    rows, columns = token_grid(config.data.image_size, config.latents.name, config.model.name)
+    terms = {} if config.method == "baseline" else config.alignment
+    return choose_features(
+        dataset.manifest,
+        config.data.source,
+        (config.latents.name, config.latents.weights),
+        [(channels, *plane), (2 * channels, *plane)],
+        dict.fromkeys((term.encoder, term.weights) for term in terms.values()),
+        rows * columns,
+    )
 
 
 def _verify(dataset, ranks) -> None:

@@ -88,7 +88,7 @@ class Trainer:
         self.engine.module.clock = self.clock
         self.ema = ShardEma([shard.master for shard in self.engine.shards], config.ema.decay)
         self.terms = self.engine.module.terms
-        self.frozen = Frozen(config, self.terms, ranks, self.clock)
+        self.frozen = Frozen(config, self.terms, ranks, self.clock, dataset.cached)
         self.interpolant = Interpolant(config.interpolant.path)
         self.skipped = 0
         self._since_log: list[dict[str, float]] = []
@@ -160,8 +160,8 @@ class Trainer:
                 path=config.interpolant.path,
                 class_dropout=config.model.class_dropout,
             )
-            targets = self.frozen.targets(part.images, step)
-            x0 = self.frozen.clean(part.images, noise.posterior)
+            targets = self.frozen.targets(part.images, step, part.features)
+            x0 = self.frozen.clean(part.images, noise.posterior, part.features)
             x_t, velocity = self.interpolant(x0, noise.noise, noise.t)
             labels = drop_labels(part.labels, noise.drop, config.model.num_classes)
             losses = self.engine(x_t, noise.t, labels, velocity, targets)

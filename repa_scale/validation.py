@@ -13,6 +13,7 @@ from repa_scale.sizes import ENCODERS, PROJECTORS, backbone, latent_spec, token_
 
 CHOICES = {
     "method": ("repa", "baseline"),
+    "data.source": ("image", "moments", "moments+tokens"),
     "run.resume": ("auto", "never"),
     "interpolant.path": ("linear", "cosine"),
     "interpolant.time": ("uniform", "lognormal"),

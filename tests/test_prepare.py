@@ -8,7 +8,6 @@ import sys
 import tarfile
 import time
 import zipfile
-from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -17,7 +16,8 @@ from safetensors.numpy import load_file
 
 from repa_scale.data.batches import decode, open_dataset
 from repa_scale.data.crop import center_crop
-from repa_scale.data.ingest import Recipe, _claimed, encode
+from repa_scale.data.ingest import _claimed, encode
+from repa_scale.data.recipe import Recipe
 from repa_scale.data.sources import open_source
 from repa_scale.errors import ConfigError, DataError
 from repa_scale.prepare import main
@@ -124,7 +124,7 @@ def test_broken_images_are_left_out_and_listed(tree, tmp_path, capsys, monkeypat
     save(picture(9, size=(240, 100)), tree / "dog" / "large_bomb.png")
     assert prepare(tree, tmp_path / "set") == 0
     dataset = open_dataset(tmp_path / "set")
-    reasons = dict(dataset.manifest["quarantined"])
+    reasons = {one["name"]: one["reason"] for one in dataset.manifest["quarantined"]}
     assert dataset.count == 6 and set(reasons) == {
         "cat/truncated.jpg", "dog/bomb.png", "dog/empty.png", "dog/large_bomb.png", "dog/text.png"
     }  # fmt: skip
@@ -144,7 +144,7 @@ def test_a_link_to_nothing_and_an_enormous_file_are_listed(tree, tmp_path, monke
     (tree / "owl" / "back").symlink_to(tree)
     assert prepare(tree, tmp_path / "set") == 0
     dataset = open_dataset(tmp_path / "set")
-    reasons = dict(dataset.manifest["quarantined"])
+    reasons = {one["name"]: one["reason"] for one in dataset.manifest["quarantined"]}
     assert set(reasons) == {"cat/gone.jpg", "dog/zeros.png"}
     assert "100001 bytes" in reasons["dog/zeros.png"] and "cannot be read" in reasons["cat/gone.jpg"]
     assert dataset.class_names == ["cat", "dog", "owl"] and dataset.class_counts == [3, 3, 1]
@@ -177,7 +177,7 @@ def test_a_limit_keeps_all_classes(tmp_path):
 
 def test_one_prepare_at_a_time(tree, tmp_path):
     source, recipe = open_source(str(tree)), Recipe(16, quality=0)
-    job = {"source": source.fingerprint, "recipe": asdict(recipe)}
+    job = {"source": source.fingerprint, "recipe": recipe.as_dict()}
     with _claimed(tmp_path / "set", job), pytest.raises(DataError, match="another prepare"):
         prepare(tree, tmp_path / "set")
     assert prepare(tree, tmp_path / "set") == 0
@@ -200,14 +200,14 @@ def test_a_sample_is_the_public_crop(golden_folder, size):
     numbers = load_file(path)
     buffer = io.BytesIO()
     Image.fromarray(numbers["picture"]).save(buffer, format="PNG")
-    assert np.array_equal(decode(encode(buffer.getvalue(), Recipe(size))), numbers[f"adm_center_crop_{size}"])
+    assert np.array_equal(decode(encode(buffer.getvalue(), Recipe(size)).data), numbers[f"adm_center_crop_{size}"])
 
 
 def test_sixteen_bit_grey_keeps_its_upper_byte():
     values = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
     buffer = io.BytesIO()
     Image.fromarray(values).save(buffer, format="PNG")
-    assert np.array_equal(decode(encode(buffer.getvalue(), Recipe(16)))[..., 0].flatten(), np.arange(256))
+    assert np.array_equal(decode(encode(buffer.getvalue(), Recipe(16)).data)[..., 0].flatten(), np.arange(256))
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_sixteen_bit_grey_keeps_its_upper_byte():
     [
         (lambda root: None, "does not exist"),
         (lambda root: root.mkdir(), "holds no images"),
-        (lambda root: root.write_bytes(b"PK but no archive"), "neither a folder nor a zip"),
+        (lambda root: root.write_bytes(b"PK but no archive"), "is none of a folder"),
         (
             lambda root: save(picture(0), root / "a.png") or save(picture(1), root / "cat" / "b.png"),
             "beside class folders",
@@ -302,15 +302,16 @@ def test_a_full_disk_is_one_line(tree, tmp_path):
         subprocess.run(["umount", small], check=True)
 
 
-def test_damage_is_found(tree, tmp_path):
+def test_damage_is_found(tree, tmp_path, capsys):
     out = tmp_path / "set"
     prepare(tree, out)
     shard = out / "shard.00000.mds"
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
-    with pytest.raises(DataError, match="sha256 is not the one"):
+    with pytest.raises(DataError, match=r"2 problems"):
         main(["--check", str(out)])
+    assert "sha256 is not the one" in capsys.readouterr().out
     index = json.loads((out / "index.json").read_text())
     index["shards"][0]["raw_data"]["basename"] = "../../etc/passwd"
     (out / "index.json").write_text(json.dumps(index))

@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -36,16 +36,20 @@ class Batch:
     """Samples of one step on one rank.
 
     Attributes:
-        images: (N, 3, S, S) uint8; as they come from the loader, with the pixels of a colour three bytes apart.
+        images: (N, 3, S, S) uint8; as they come from the loader, with the pixels of a colour three bytes apart. S is 0
+            where the run needs no pictures.
         labels: (N,) int64.
         ids: (N,) int64, read with the images: what the batch fingerprint is made of.
         index: (N,) int64, positions in the global sequence: what the random numbers depend on.
+        features: stored ones that the run reads instead of making them: `moments` (N, 2C, h, w) fp32, and by encoder
+            `tokens.NAME` (N, T, z).
     """
 
     images: Tensor
     labels: Tensor
     ids: Tensor
     index: Tensor
+    features: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -59,14 +63,13 @@ class Batch:
 
     def split(self, size: int | None) -> list[Batch]:
         """Micro batches of `size` samples; None: the whole."""
-        parts = zip(*(tensor.split(size or len(self)) for tensor in self._tensors()), strict=True)
-        return [Batch(*part) for part in parts]
-
-    def _tensors(self) -> tuple[Tensor, ...]:
-        return self.images, self.labels, self.ids, self.index
+        size = size or len(self)
+        return [self._each(lambda tensor, i=i: tensor[i : i + size]) for i in range(0, len(self), size)]
 
     def _each(self, change) -> Batch:
-        return Batch(*(change(tensor) for tensor in self._tensors()))
+        features = {name: change(tensor) for name, tensor in self.features.items()}
+        tensors = {name: change(getattr(self, name)) for name in ("images", "labels", "ids", "index")}
+        return replace(self, **tensors, features=features)
 
 
 class Batches:
@@ -196,18 +199,24 @@ class _Steps(Dataset):
             return _Failure(f"{self.dataset.path} cannot be read ({error.strerror}); is its disk still there?")
 
     def _read(self, numbers: list[int], index: Tensor) -> Batch:
-        size = self.dataset.image_size
+        cached = self.dataset.cached
+        size = self.dataset.image_size if cached.pictures else 0
         images = np.empty((len(numbers), size, size, 3), np.uint8)
-        labels, ids = [], []
+        labels, ids, features = [], [], []
         for i, number in enumerate(numbers):
             row = self.dataset.reader[number]
-            image = decode(row["image"], f"{self.dataset.path}: sample {number} ({row['name']})")
-            if image.shape != (size, size, 3):
-                raise DataError(f"{self.dataset.path}: sample {number} is {image.shape}, not {size} x {size} pixels")
-            images[i] = image
+            name = f"{self.dataset.path}: sample {number} ({row['name']})"
+            features.append(cached.read(row, name))
+            if cached.pictures:
+                image = decode(row["image"], name)
+                if image.shape != (size, size, 3):
+                    raise DataError(f"{name} is {image.shape}, not {size} x {size} pixels")
+                images[i] = image
             labels.append(row["label"])
             ids.append(row["id"])
-        return Batch(torch.from_numpy(images).permute(0, 3, 1, 2), torch.tensor(labels), torch.tensor(ids), index)
+        stacked = {name: torch.stack([one[name] for one in features]) for name in features[0]}
+        pictures = torch.from_numpy(images).permute(0, 3, 1, 2)
+        return Batch(pictures, torch.tensor(labels), torch.tensor(ids), index, stacked)
 
 
 class _Onwards(SequentialSampler):

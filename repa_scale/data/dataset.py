@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from repa_scale.data.features import Cached
 from repa_scale.data.manifest import data_fingerprint, read_manifest
 from repa_scale.data.mds import MdsReader, read_index, verify_shard
 from repa_scale.errors import ConfigError, DataError
@@ -19,7 +20,8 @@ class DataSet:
     Attributes:
         path: its folder.
         manifest: `dataset.json`.
-        reader: sample number in [0, count) -> columns image (PNG or JPEG bytes), label, id, name.
+        reader: sample number in [0, count) -> columns image (PNG or JPEG bytes), label, id, name, stored features.
+        cached: which of the stored features a run reads; by default none.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any], reader: MdsReader) -> None:
@@ -27,6 +29,7 @@ class DataSet:
         self.manifest = manifest
         self.reader = reader
         self.verified = False
+        self.cached = Cached()
 
     @property
     def name(self) -> str:

@@ -1,6 +1,7 @@
-"""Where images come from: a tree of class folders, a zip or tar archive of one, or the digits of scikit-learn.
+"""Where images come from: any mix of folders, archives, WebDataset tars, parquet files, MDS sets, or the digits.
 
-A name inside an archive is never used as a path on the disk.
+This file decides what a source is and gives every image its name and label. Reading a kind of file is the business of
+archives.py and tables.py. A name that a source gives is a name only: it is never used as a path on the disk.
 """
 
 from __future__ import annotations
@@ -8,20 +9,25 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 import tarfile
-import threading
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
+from repa_scale.data.labels import Labels, Wanted, number_classes
 from repa_scale.data.manifest import digest_of
 from repa_scale.errors import DataError, require
 
 IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 DIGITS = "digits"  # the word that stands for the embedded data set
+SPLIT = re.compile(r"(\w+)-\d+-of-\d+\.parquet")  # how the Hugging Face hub names the files of a split
+KINDS = f"a folder, a .zip or .tar, a .parquet file, an MDS set, or {DIGITS}"
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,7 @@ class Item:
 
     Attributes:
         name: `class/file` below the root, or `file` where there are no classes.
-        label: number of its class, from 0 in the sorted order of the class names.
+        label: number of its class.
         key: what `Source.read` takes.
         size: bytes of its file, as the folder or archive says; -1 where it does not.
     """
@@ -51,10 +57,11 @@ class Source:
     """Images and their classes, in a fixed order.
 
     Attributes:
-        class_names: sorted; empty for a flat folder, whose images all have label 0.
-        read: an item's key -> the bytes of its file.
+        class_names: in the order of the labels; empty for unlabelled images, which all have label 0.
+        read: an item's key -> the bytes of its file. Raises whatever a damaged file makes its library raise.
         others: files passed over: no images by their names, or hidden.
-        fingerprint: 16 hex digits of names and sizes.
+        fingerprint: 16 hex digits of names and sizes, and of `essence`.
+        essence: labels where they are not in the names, hashes where sizes are not known.
     """
 
     name: str
@@ -63,40 +70,106 @@ class Source:
     read: Callable[[object], bytes]
     others: int
     fingerprint: str
+    essence: tuple = ()
 
 
-def open_source(source: str) -> Source:
-    """Opens a folder, a .zip, a .tar (also compressed), or `digits`.
+@dataclass(frozen=True)
+class Found:
+    """What one file or folder holds, before names and labels are settled.
+
+    Attributes:
+        files: name -> (key, bytes or -1, label or None where the source gives none).
+        class_names: where the source names its classes by number.
+        archive: it may hold everything in one folder, which is no class.
+        named: the names may be without an image's suffix, and their folders are no classes.
+        in_order: reading in another order than that of `files` would be slow.
+        essence: what stands for the contents where sizes are not known.
+    """
+
+    name: str
+    files: dict[str, tuple[object, int, int | str | None]]
+    read: Callable[[object], bytes]
+    class_names: list[str] = field(default_factory=list)
+    archive: bool = False
+    named: bool = False
+    in_order: bool = False
+    essence: str = ""
+
+
+def open_source(sources: str | list[str], labels: Labels | None = None) -> Source:
+    """Opens a source, or several that make one set.
+
+    Args:
+        sources: folders, archives, WebDataset tars, parquet files, MDS sets; a folder of archives or of parquet
+            files stands for these; `digits`.
+        labels: where the labels come from, if not from what the source itself says.
 
     Raises:
-        DataError: missing, unreadable, or without images.
+        DataError: missing, unreadable, without images, or labels that cannot be used.
     """
+    labels = labels or Labels()
+    paths = [sources] if isinstance(sources, str) else list(sources)
+    found = [one for path in paths for one in _open(path, labels)]
+    return _settle(found, labels)
+
+
+def _open(source: str, labels: Labels) -> list[Found]:
+    from repa_scale.data.archives import open_tar, open_zip
+    from repa_scale.data.tables import open_mds, open_parquet
+
     if source == DIGITS:
-        return _digits()
+        return [_digits()]
     path = Path(source)
     if not path.exists():
-        raise DataError(f"{source} does not exist; give a folder of class folders, a .zip or .tar of it, or {DIGITS}")
+        raise DataError(f"{source} does not exist; give {KINDS}")
     if path.is_dir():
-        return _folder(path)
+        if (path / "index.json").is_file():
+            return [open_mds(path, labels)]
+        return _folder(path, labels)
+    if path.suffix == ".parquet":
+        return [open_parquet(path, labels)]
     if zipfile.is_zipfile(path):
-        return _zip(path)
+        return [open_zip(path)]
     try:
         if tarfile.is_tarfile(path):
-            return _tar(path)
+            return [open_tar(path, labels)]
     except (OSError, EOFError) as error:
         raise DataError(f"{source} cannot be read ({error}); fetch it again") from None
-    raise DataError(f"{source} is neither a folder nor a zip or tar archive; unpack it and give the folder")
+    raise DataError(f"{source} is none of {KINDS}; unpack it and give the folder")
 
 
-def _folder(root: Path) -> Source:
+def _folder(root: Path, labels: Labels) -> list[Found]:
+    """A tree of images; or, where most of its files are such, parquet files or archives."""
+    paths = list(_walk(root))
+    kinds = Counter(_kind(path) for path in paths)
+    most = max(("image", "parquet", "archive"), key=lambda kind: kinds[kind])
+    if most != "image" and kinds[most]:
+        chosen = sorted(path for path in paths if _kind(path) == most)
+        splits = {match[1] for path in chosen if (match := SPLIT.fullmatch(path.name))}
+        if len(splits) > 1:
+            raise DataError(
+                f"{root} holds the splits {', '.join(sorted(splits))}; give the files of one, such as "
+                f"{chosen[-1].parent}/train-*.parquet"
+            )
+        return [one for path in chosen for one in _open(str(path), labels)]
     files = {}
-    for path in _walk(root):
+    for path in paths:
         try:
             size = path.stat().st_size
         except OSError:  # a link to nothing: reading it will fail and be listed
             size = -1
-        files[path.relative_to(root).as_posix()] = (path, size)
-    return _arrange(root.resolve().name, files, lambda path: path.read_bytes(), root_folder=False)
+        files[path.relative_to(root).as_posix()] = (path, size, None)
+    return [Found(root.resolve().name, files, lambda path: path.read_bytes())]
+
+
+def _kind(path: Path) -> str:
+    if path.name.startswith("."):
+        return "other"
+    if path.suffix.lower() in IMAGES:
+        return "image"
+    if path.suffix == ".parquet":
+        return "parquet"
+    return "archive" if path.name.lower().endswith(ARCHIVES) else "other"
 
 
 def _walk(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
@@ -109,39 +182,7 @@ def _walk(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
             yield from _walk(Path(entry.path), above)
 
 
-def _zip(path: Path) -> Source:
-    try:
-        archive = zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} is not a whole zip archive ({error}); fetch it again") from None
-    files = {info.filename: (info, info.file_size) for info in archive.infolist() if not info.is_dir()}
-    if any(info.flag_bits & 1 for info, _ in files.values()):
-        raise DataError(f"{path} is encrypted; unpack it and give the folder")
-    return _arrange(path.stem, files, lambda info: archive.read(info), root_folder=True)
-
-
-def _tar(path: Path) -> Source:
-    try:
-        archive = tarfile.open(path)  # noqa: SIM115  (it stays open as long as the source)
-        members = [member for member in archive.getmembers() if member.isfile()]
-    except (OSError, EOFError, tarfile.TarError) as error:
-        raise DataError(f"{path} is not a whole tar archive ({error}); fetch it again") from None
-    lock = threading.Lock()
-
-    def read(member: tarfile.TarInfo) -> bytes:
-        with lock:
-            return archive.extractfile(member).read()
-
-    name = path.name.split(".tar")[0].removesuffix(".tgz")
-    source = _arrange(name, {m.name: (m, m.size) for m in members}, read, root_folder=True)
-    with path.open("rb") as file:
-        compressed = file.read(263)[257:262] != b"ustar"
-    if compressed:  # it can only be read forwards at a bearable speed
-        source.items.sort(key=lambda item: item.key.offset_data)
-    return source
-
-
-def _digits() -> Source:
+def _digits() -> Found:
     """1,797 scans of 8 x 8 pixels with values 0 to 16 (UCI, Optical Recognition of Handwritten Digits)."""
     data = require("sklearn.datasets", "data").load_digits()
 
@@ -151,39 +192,96 @@ def _digits() -> Source:
         Image.fromarray(pixels).save(buffer, format="PNG")
         return buffer.getvalue()
 
-    files = {f"{label}/{number:04d}.png": (number, 0) for number, label in enumerate(data.target.tolist())}
-    return _arrange(DIGITS, files, read, root_folder=False)
+    files = {f"{label}/{number:04d}.png": (number, 0, None) for number, label in enumerate(data.target.tolist())}
+    return Found(DIGITS, files, read)
 
 
-def _arrange(name: str, files: dict[str, tuple[object, int]], read: Callable, root_folder: bool) -> Source:
-    """Names to classes. root_folder: an archive may hold everything in one folder, which is no class."""
-    images, others = {}, 0
-    for file, entry in files.items():
-        # Names that are no UTF-8 become such; what would lead upwards or to the root counts as hidden.
-        parts = PurePosixPath(os.fsencode(file).decode("utf-8", "backslashreplace")).parts
-        hidden = any(part.startswith((".", "/")) or part == "__MACOSX" for part in parts)
-        if not hidden and PurePosixPath(file).suffix.lower() in IMAGES:
-            images[parts] = entry
-        else:
-            others += 1
-    if not images:
+@dataclass(frozen=True)
+class _Picture:
+    """An image with its cleaned name, before labels are numbers."""
+
+    parts: tuple[str, ...]
+    key: object
+    size: int
+    label: int | str | None
+
+
+def _settle(found: list[Found], labels: Labels) -> Source:
+    """One set of all that was found: clean names, numbered labels, one way to read."""
+    name = found[0].name
+    pictures, others = [], 0
+    for number, one in enumerate(found):
+        chosen, passed_over = _pictures(one, number, several=len(found) > 1)
+        pictures += chosen
+        others += passed_over
+    if not pictures:
         raise DataError(
             f"{name} holds no images ({', '.join(sorted(IMAGES))}); give a folder of class folders of images"
         )
-    while root_folder and len({parts[0] for parts in images}) == 1 and all(len(parts) > 2 for parts in images):
-        images = {parts[1:]: entry for parts, entry in images.items()}
-    flat = [parts for parts in images if len(parts) == 1]
-    if flat and len(flat) < len(images):
+    if not any(one.in_order for one in found):
+        pictures.sort(key=lambda picture: picture.parts)
+    spoken = labels.file is not None or any(picture.label is not None for picture in pictures)
+    if spoken or labels.unlabelled:
+        class_names = next((one.class_names for one in found if one.class_names), [])
+        wanted = [Wanted("/".join(picture.parts), picture.label) for picture in pictures]
+        class_names, numbers = number_classes(wanted, labels, class_names, name)
+    else:
+        class_names, numbers = _classes_of_folders(name, pictures, named=all(one.named for one in found))
+    items = [
+        Item("/".join(picture.parts), label, picture.key, picture.size)
+        for picture, label in zip(pictures, numbers, strict=True)
+    ]
+    if len({item.id for item in items}) < len(items):
+        twice = Counter(item.name for item in items).most_common(1)[0][0]
+        raise DataError(f"{name}: two images have the same id, such as {twice}; rename one of them")
+    read = found[0].read if len(found) == 1 else lambda key: found[key[0]].read(key[1])
+    essence = tuple(one.essence for one in found if one.essence)
+    if spoken or labels.unlabelled:
+        essence = (*essence, digest_of([class_names, numbers]))
+    return Source(name, class_names, items, read, others, _fingerprint(items, essence), essence)
+
+
+def _pictures(found: Found, number: int, several: bool) -> tuple[list[_Picture], int]:
+    """The images of one source under clean names, and how many files were passed over."""
+    chosen: list[_Picture] = []
+    for file, (key, size, label) in found.files.items():
+        parts = clean_name(file)
+        if parts is not None and (found.named or PurePosixPath(file).suffix.lower() in IMAGES):
+            chosen.append(_Picture(parts, (number, key) if several else key, size, label))
+    others = len(found.files) - len(chosen)
+    while (
+        found.archive
+        and chosen
+        and len({picture.parts[0] for picture in chosen}) == 1
+        and all(len(picture.parts) > 2 for picture in chosen)
+    ):
+        chosen = [replace(picture, parts=picture.parts[1:]) for picture in chosen]
+    if found.archive and several and all(len(picture.parts) == 1 for picture in chosen):
+        # Of several archives each without folders, each is a class, as in ImageNet's own tar of tars.
+        chosen = [replace(picture, parts=(found.name, *picture.parts)) for picture in chosen]
+    return chosen, others
+
+
+def clean_name(name: str) -> tuple[str, ...] | None:
+    """The parts of a name; None: it is hidden, or leads upwards or to the root. What is no UTF-8 becomes such."""
+    parts = PurePosixPath(os.fsencode(name).decode("utf-8", "backslashreplace").replace("\0", "\\0")).parts
+    hidden = not parts or any(part.startswith((".", "/")) or part == "__MACOSX" for part in parts)
+    return None if hidden else parts
+
+
+def _classes_of_folders(name: str, pictures: list[_Picture], named: bool) -> tuple[list[str], list[int]]:
+    """Class names and each image's label by the first folder of its name."""
+    flat = [picture.parts for picture in pictures if len(picture.parts) == 1]
+    if named:
+        return [], [0] * len(pictures)
+    if flat and len(flat) < len(pictures):
         raise DataError(
             f"{name} holds images beside class folders, such as {flat[0][0]}; "
-            "put each image into a folder of its class, or all into one folder"
+            "put each image into a folder of its class, or all into one folder, or give --labels"
         )
-    class_names = [] if flat else sorted({parts[0] for parts in images})
+    class_names = [] if flat else sorted({picture.parts[0] for picture in pictures})
     labels = {class_name: label for label, class_name in enumerate(class_names)}
-    items = [Item("/".join(parts), labels.get(parts[0], 0), *images[parts]) for parts in sorted(images)]
-    if len({item.id for item in items}) < len(items):
-        raise DataError(f"{name}: two images have the same id; rename one of them")
-    return Source(name, class_names, items, read, others, _fingerprint(items))
+    return class_names, [labels.get(picture.parts[0], 0) for picture in pictures]
 
 
 def take(source: Source, limit: int) -> Source:
@@ -191,8 +289,9 @@ def take(source: Source, limit: int) -> Source:
     if limit >= len(source.items):
         return source
     items = [source.items[i * len(source.items) // limit] for i in range(limit)]
-    return replace(source, items=items, fingerprint=_fingerprint(items))
+    return replace(source, items=items, fingerprint=_fingerprint(items, source.essence))
 
 
-def _fingerprint(items: list[Item]) -> str:
-    return digest_of([[item.name, item.size] for item in items])[:16]
+def _fingerprint(items: list[Item], essence: tuple) -> str:
+    named = [[item.name, item.size] for item in items]
+    return digest_of([named, *essence] if essence else named)[:16]
