@@ -21,7 +21,7 @@ from PIL import Image
 
 from benchmarks.rows import write_row
 from repa_scale.data.batches import Batches, DataSet, open_dataset
-from repa_scale.data.order import sample_at
+from repa_scale.data.order import Order
 from repa_scale.prepare import main as prepare
 
 GOAL = 0.9
@@ -90,9 +90,10 @@ def with_files(dataset: DataSet, files: list[Path], start: int, steps: int) -> N
     """The least that one could write: open, read, decode, stack."""
     import torch
 
+    order = Order([shard.samples for shard in dataset.reader.shards], 0, dataset.fingerprint)
     for step in range(start, start + steps):
         positions = torch.arange(step * BATCH, (step + 1) * BATCH)
-        numbers = sample_at(positions, dataset.count, 0, dataset.fingerprint).tolist()
+        numbers = order.at(positions).tolist()
         pictures = [np.asarray(Image.open(io.BytesIO(files[i].read_bytes())).convert("RGB")) for i in numbers]
         torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 

@@ -7,21 +7,18 @@ sample follows from order.py, so ranks, workers and resumes change nothing.
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import signal
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, SequentialSampler
+from torch.utils.data import DataLoader
 
 from repa_scale.data.dataset import DataSet, check_dataset, open_dataset
-from repa_scale.data.order import sample_at
+from repa_scale.data.decode import DaliDecoder, decode
+from repa_scale.data.steps import Batch, Encoded, Failure, Onwards, Steps
 from repa_scale.errors import DataError
 
 __all__ = ["Batch", "Batches", "DataSet", "check_dataset", "decode", "open_dataset"]
@@ -31,69 +28,64 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PATIENCE = 600.0  # seconds without a batch after which the loader is taken for dead
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Samples of one step on one rank.
-
-    Attributes:
-        images: (N, 3, S, S) uint8; as they come from the loader, with the pixels of a colour three bytes apart. S is 0
-            where the run needs no pictures.
-        labels: (N,) int64.
-        ids: (N,) int64, read with the images: what the batch fingerprint is made of.
-        index: (N,) int64, positions in the global sequence: what the random numbers depend on.
-        features: stored ones that the run reads instead of making them: `moments` (N, 2C, h, w) fp32, and by encoder
-            `tokens.NAME` (N, T, z).
-    """
-
-    images: Tensor
-    labels: Tensor
-    ids: Tensor
-    index: Tensor
-    features: dict[str, Tensor] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def to(self, device: torch.device | str) -> Batch:
-        """On `device`, where the colours of an image also become planes: a GPU does that for nothing."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True).contiguous())
-
-    def pin_memory(self) -> Batch:
-        return self._each(Tensor.pin_memory)
-
-    def split(self, size: int | None) -> list[Batch]:
-        """Micro batches of `size` samples; None: the whole."""
-        size = size or len(self)
-        return [self._each(lambda tensor, i=i: tensor[i : i + size]) for i in range(0, len(self), size)]
-
-    def _each(self, change) -> Batch:
-        features = {name: change(tensor) for name, tensor in self.features.items()}
-        tensors = {name: change(getattr(self, name)) for name in ("images", "labels", "ids", "index")}
-        return replace(self, **tensors, features=features)
-
-
 class Batches:
     """This rank's batches, step by step, without end.
 
     Args:
         workers: processes that read and decode; 0: this process.
         start_step: steps already done.
+        decoder: `pillow`, in those processes; `dali`, in this one and its threads, or on its GPU.
+        device: where the batches are wanted. For a GPU each is copied one step ahead, on a stream of its own.
     """
 
     def __init__(
-        self, dataset: DataSet, *, seed: int, global_batch: int, rank: int, world: int, workers: int, start_step: int
+        self,
+        dataset: DataSet,
+        *,
+        seed: int,
+        global_batch: int,
+        rank: int,
+        world: int,
+        workers: int,
+        start_step: int,
+        decoder: str = "pillow",
+        device: torch.device | None = None,
     ) -> None:
-        self._steps = _Steps(dataset, seed, global_batch, rank, world)
+        self._steps = Steps(dataset, seed, global_batch, rank, world, decoder)
         self._start = start_step
         self._workers = workers
+        self._device = device or torch.device("cpu")
         self._stream: Iterator | None = None
 
     def __iter__(self) -> Iterator[Batch]:
-        """Raises `DataError` for a damaged sample and where no batch comes for a long time, `RuntimeError` where a
-        worker was killed."""
+        """Raises `DataError` where samples in a row cannot be read or no batch comes for a long time, `RuntimeError`
+        where a worker was killed."""
+        batches = self._loaded()
+        if self._steps.decoder == "pillow" and self._device.type == "cpu":
+            return batches
+        return one_ahead(batches, self._finish())
+
+    def _finish(self) -> Callable[[Batch | Encoded], Batch]:
+        """Decoding and the copy to the device, as one step of work for a thread of its own."""
+        share, device = self._steps.share, self._device
+        decoder = DaliDecoder(share, self._workers, device) if self._steps.decoder == "dali" else None
+        side = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+        def finish(batch: Batch | Encoded) -> Batch:
+            with torch.cuda.stream(side) if side else contextlib.nullcontext():
+                if isinstance(batch, Encoded):
+                    batch = self._steps.finish(batch, decoder)
+                batch = batch.to(device)
+            if side:
+                side.synchronize()  # of this thread alone: the training goes on meanwhile
+            return batch
+
+        return finish
+
+    def _loaded(self) -> Iterator[Batch | Encoded]:
         loader = DataLoader(
             self._steps,
-            sampler=_Onwards(self._start),
+            sampler=Onwards(self._start),
             batch_size=None,
             num_workers=self._workers,
             prefetch_factor=PREFETCH if self._workers else None,
@@ -121,7 +113,7 @@ class Batches:
                 raise DataError(
                     f"{self._steps.dataset.path}: no batch came for {PATIENCE:.0f} s; is its disk still there?"
                 ) from None
-            if isinstance(batch, _Failure):
+            if isinstance(batch, Failure):
                 raise DataError(batch.reason)
             yield batch
 
@@ -135,6 +127,24 @@ class Batches:
                 if worker.is_alive():
                     worker.kill()
         self._stream = None
+
+
+def one_ahead(batches: Iterator, work: Callable) -> Iterator:
+    """`work` of each batch, done in a thread while the batch before it is in use: two are held at a time.
+
+    An error belongs to its own batch: the one before it still comes.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="feeding") as thread:
+        current = thread.submit(work, next(batches))
+        while True:
+            batch, error = current.result(), None
+            try:
+                current = thread.submit(work, next(batches))
+            except (DataError, RuntimeError) as raised:
+                error = raised
+            yield batch
+            if error is not None:
+                raise error
 
 
 @contextlib.contextmanager
@@ -167,85 +177,3 @@ def _leave_signals_to_the_parent(worker: int) -> None:
         os._exit(0)
 
     threading.Thread(target=listen, daemon=True).start()
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """An error as a value: DataLoader would wrap an exception of a worker into many lines."""
-
-    reason: str
-
-    def pin_memory(self) -> _Failure:
-        return self
-
-
-class _Steps(Dataset):
-    """`[step]`, counted from 0 -> the batch of this rank."""
-
-    def __init__(self, dataset: DataSet, seed: int, global_batch: int, rank: int, world: int) -> None:
-        self.dataset, self.seed, self.global_batch = dataset, seed, global_batch
-        self.share = global_batch // world
-        self.offset = rank * self.share
-
-    def __getitem__(self, step: int) -> Batch | _Failure:
-        first = step * self.global_batch + self.offset
-        index = torch.arange(first, first + self.share)
-        numbers = sample_at(index, self.dataset.count, self.seed, self.dataset.fingerprint)
-        try:
-            return self._read(numbers.tolist(), index)
-        except DataError as error:
-            return _Failure(str(error))
-        except OSError as error:
-            return _Failure(f"{self.dataset.path} cannot be read ({error.strerror}); is its disk still there?")
-
-    def _read(self, numbers: list[int], index: Tensor) -> Batch:
-        cached = self.dataset.cached
-        size = self.dataset.image_size if cached.pictures else 0
-        images = np.empty((len(numbers), size, size, 3), np.uint8)
-        labels, ids, features = [], [], []
-        for i, number in enumerate(numbers):
-            row = self.dataset.reader[number]
-            name = f"{self.dataset.path}: sample {number} ({row['name']})"
-            features.append(cached.read(row, name))
-            if cached.pictures:
-                image = decode(row["image"], name)
-                if image.shape != (size, size, 3):
-                    raise DataError(f"{name} is {image.shape}, not {size} x {size} pixels")
-                images[i] = image
-            labels.append(row["label"])
-            ids.append(row["id"])
-        stacked = {name: torch.stack([one[name] for one in features]) for name in features[0]}
-        pictures = torch.from_numpy(images).permute(0, 3, 1, 2)
-        return Batch(pictures, torch.tensor(labels), torch.tensor(ids), index, stacked)
-
-
-class _Onwards(SequentialSampler):
-    """start, start + 1, ... without end."""
-
-    def __init__(self, start: int) -> None:
-        self.start = start
-
-    def __iter__(self) -> Iterator[int]:
-        step = self.start
-        while True:
-            yield step
-            step += 1
-
-    def __len__(self) -> int:
-        return 2**62
-
-
-def decode(data: bytes, name: str = "image") -> np.ndarray:
-    """PNG or JPEG bytes -> (H, W, 3) uint8.
-
-    Raises:
-        DataError: it is damaged.
-    """
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-            picture = image if image.mode == "RGB" else image.convert("RGB")
-            # np.asarray would do the same with one copy more.
-            return np.frombuffer(picture.tobytes(), np.uint8).reshape(picture.height, picture.width, 3)
-    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"{name} cannot be decoded ({error}); check the set with: repa-scale prepare --check") from None

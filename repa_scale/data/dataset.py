@@ -10,7 +10,7 @@ from typing import Any
 
 from repa_scale.data.features import Cached
 from repa_scale.data.manifest import data_fingerprint, read_manifest
-from repa_scale.data.mds import MdsReader, read_index, verify_shard
+from repa_scale.data.mds import MdsReader, read_index
 from repa_scale.errors import ConfigError, DataError
 
 
@@ -57,19 +57,28 @@ class DataSet:
     def class_counts(self) -> list[int]:
         return self.manifest["class_counts"]
 
-    def verify(self, part: int = 0, parts: int = 1) -> None:
+    def verify(self, part: int = 0, parts: int = 1) -> dict[int, str]:
         """Checks the hashes of every `parts`-th shard from `part` on, in threads, and takes the set as verified.
 
-        The processes of a node share the work: each calls this with its local rank, and they wait for each other
+        The processes of a node share the work: each calls this with its local rank, and they exchange what they found
         before training.
 
-        Raises:
-            DataError: a shard is missing or is not the one that was prepared.
+        Returns:
+            What is wrong, by the shard's number: it is missing or is not the one that was prepared.
         """
+        numbers = range(part, len(self.reader.shards), parts)
+
+        def problem(number: int) -> str | None:
+            try:
+                self.reader.verify(number)
+            except DataError as error:
+                return str(error)
+            return None
+
         with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as threads:
-            for _ in threads.map(lambda shard: verify_shard(self.path, shard), self.reader.shards[part::parts]):
-                pass
+            found = dict(zip(numbers, threads.map(problem, numbers), strict=True))
         self.verified = True
+        return {number: reason for number, reason in found.items() if reason}
 
 
 def open_dataset(path: str | Path, verify: bool = True) -> DataSet:

@@ -33,6 +33,7 @@ from PIL import Image, UnidentifiedImageError
 
 from repa_scale import __version__, torchvision_fix
 from repa_scale.data.crop import center_crop
+from repa_scale.data.decode import rgb
 from repa_scale.data.manifest import FORMAT_VERSION, MANIFEST, data_fingerprint, write_file
 from repa_scale.data.mds import read_index, verify_shard
 from repa_scale.data.recipe import Recipe
@@ -351,7 +352,7 @@ def encode(data: bytes, recipe: Recipe) -> Encoded | str:
                 if recipe.layout == "keep" and not wants_pixels:
                     picture.load()  # damage is found now, not in training
                     return Encoded(b"", None)
-                cropped = center_crop(_to_rgb(picture), recipe.size)
+                cropped = center_crop(rgb(picture), recipe.size)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         return f"more than {Image.MAX_IMAGE_PIXELS} pixels (a decompression bomb?)"
     except UnidentifiedImageError:
@@ -368,14 +369,6 @@ def encode(data: bytes, recipe: Recipe) -> Encoded | str:
     else:
         cropped.save(buffer, format="PNG", compress_level=6)
     return Encoded(buffer.getvalue(), pixels)
-
-
-def _to_rgb(picture: Image.Image) -> Image.Image:
-    """RGB as Pillow converts it: alpha is dropped, palettes are looked up; 16-bit grey keeps its upper 8 bits."""
-    if picture.mode.startswith("I"):
-        values = np.asarray(picture).astype(np.int64)
-        picture = Image.fromarray((values >> (8 if values.max(initial=0) > 255 else 0)).clip(0, 255).astype(np.uint8))
-    return picture.convert("RGB")
 
 
 def _assemble(

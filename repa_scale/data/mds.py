@@ -13,6 +13,7 @@ import os
 import resource
 import struct
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,7 @@ class MdsReader:
     def __init__(self, folder: Path, shards: list[Shard]) -> None:
         self.folder = Path(folder)
         self.shards = shards
+        self.bad: dict[int, str] = {}  # shards that must not be touched again, and why
         self._starts = np.cumsum([0, *(shard.samples for shard in shards)]).tolist()
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._limit = 0
@@ -125,15 +127,23 @@ class MdsReader:
         which = bisect.bisect_right(self._starts, number) - 1
         return which, number - self._starts[which]
 
+    def expect(self, shards: Callable[[], list[int]]) -> None:
+        """Told which shards will be read next; remote.py fetches them ahead."""
+
+    def verify(self, which: int) -> None:
+        """Compares a shard's file with the index. Raises `DataError` where it differs."""
+        verify_shard(self.folder, self.shards[which])
+
     def close(self) -> None:
         while self._open:
             os.close(self._open.popitem()[1].file)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "shards": self.shards}
+        return {"folder": self.folder, "shards": self.shards, "bad": self.bad}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)
+        self.__init__(state["folder"], state["shards"])
+        self.bad = state["bad"]
 
     def __del__(self) -> None:
         if hasattr(self, "_open"):
@@ -141,12 +151,24 @@ class MdsReader:
 
     def _shard(self, which: int) -> _OpenShard:
         shard = self._open.get(which)
-        if shard is None:
-            self._limit = self._limit or _open_file_limit()
-            if len(self._open) >= self._limit:
-                os.close(self._open.popitem(last=False)[1].file)
-            shard = self._open[which] = _OpenShard(self.folder, self.shards[which])
+        if shard is not None:
+            self._open.move_to_end(which)
+            return shard
+        if which in self.bad:
+            raise DataError(self.bad[which])
+        self._limit = self._limit or _open_file_limit()
+        if len(self._open) >= self._limit:
+            os.close(self._open.popitem(last=False)[1].file)
+        try:
+            shard = self._open[which] = self.opened(which)
+        except DataError as error:
+            self.bad[which] = str(error)
+            raise
         return shard
+
+    def opened(self, which: int) -> _OpenShard:
+        """Opens a shard file; remote.py fetches it first."""
+        return _OpenShard(self.folder, self.shards[which])
 
 
 class _OpenShard:

@@ -1,0 +1,243 @@
+"""A step's samples of one rank, read from the shards and decoded: what a loader process does.
+
+A sample that cannot be read is left out and another takes its place, the same one for any number of ranks (bad.py).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, SequentialSampler
+
+from repa_scale.data import device_crop
+from repa_scale.data.bad import TRIES, BadSample, replacement
+from repa_scale.data.crop import center_crop
+from repa_scale.data.dataset import DataSet
+from repa_scale.data.decode import DaliDecoder, decode, rgb
+from repa_scale.data.order import Order
+from repa_scale.errors import DataError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one step on one rank.
+
+    Attributes:
+        images: (N, 3, S, S) uint8; as they come from the loader, with the pixels of a colour three bytes apart. S is 0
+            where the run needs no pictures.
+        labels: (N,) int64.
+        ids: (N,) int64, read with the images: what the batch fingerprint is made of.
+        index: (N,) int64, positions in the global sequence: what the random numbers depend on.
+        features: stored ones that the run reads instead of making them: `moments` (N, 2C, h, w) fp32, and by encoder
+            `tokens.NAME` (N, T, z).
+        bad: samples that were left out on the way.
+    """
+
+    images: Tensor
+    labels: Tensor
+    ids: Tensor
+    index: Tensor
+    features: dict[str, Tensor] = field(default_factory=dict)
+    bad: tuple[BadSample, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """On `device`, where the colours of an image also become planes: a GPU does that for nothing."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True).contiguous())
+
+    def pin_memory(self) -> Batch:
+        return self._each(Tensor.pin_memory)
+
+    def split(self, size: int | None) -> list[Batch]:
+        """Micro batches of `size` samples; None: the whole."""
+        size = size or len(self)
+        return [self._each(lambda tensor, i=i: tensor[i : i + size]) for i in range(0, len(self), size)]
+
+    def _each(self, change) -> Batch:
+        features = {name: change(tensor) for name, tensor in self.features.items()}
+        tensors = {name: change(getattr(self, name)) for name in ("images", "labels", "ids", "index")}
+        return replace(self, **tensors, features=features)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An error as a value: DataLoader would wrap an exception of a worker into many lines."""
+
+    reason: str
+
+    def pin_memory(self) -> Failure:
+        return self
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample: its picture as bytes, as pixels (H, W, 3) uint8, or None where the run needs none."""
+
+    image: bytes | np.ndarray | None
+    label: int
+    id: int
+    name: str
+    number: int
+    tried: int  # samples that could not be read at this position before
+    features: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A batch whose pictures are still bytes, for a decoder in the training process."""
+
+    samples: list[Sample]
+    index: Tensor
+    bad: tuple[BadSample, ...]
+
+    def pin_memory(self) -> Encoded:
+        return self
+
+
+class Steps(Dataset):
+    """`[step]`, counted from 0 -> the batch of this rank.
+
+    Args:
+        decoder: `pillow`: batches of pixels come out; `dali`: bytes, for `finish`.
+    """
+
+    def __init__(
+        self, dataset: DataSet, seed: int, global_batch: int, rank: int, world: int, decoder: str = "pillow"
+    ) -> None:
+        self.dataset, self.seed, self.global_batch, self.decoder = dataset, seed, global_batch, decoder
+        self.order = Order([shard.samples for shard in dataset.reader.shards], seed, dataset.fingerprint)
+        self.keep = dataset.manifest["recipe"].get("layout") == "keep"
+        self.share = global_batch // world
+        self.offset = rank * self.share
+
+    def __getitem__(self, step: int) -> Batch | Encoded | Failure:
+        first = step * self.global_batch + self.offset
+        index = torch.arange(first, first + self.share)
+        try:
+            self.dataset.reader.expect(lambda: self.order.shards_from(first))
+            bad: list[BadSample] = []
+            numbers = self.order.at(index).tolist()
+            samples = [self.sample(p, number, bad) for p, number in zip(index.tolist(), numbers, strict=True)]
+            if self.decoder == "dali" and self.dataset.cached.pictures:
+                return Encoded(samples, index, tuple(bad))
+            return self._batch(samples, index, bad)
+        except DataError as error:
+            return Failure(str(error))
+
+    def sample(self, position: int, number: int, bad: list[BadSample], tried: int = 0, pixels: bool = False) -> Sample:
+        """The sample of a position, or what takes its place; what could not be read is appended to `bad`.
+
+        Args:
+            tried: samples that could not be read at this position before.
+            pixels: decode here, also for `dali`.
+
+        Raises:
+            DataError: TRIES in a row could not be read.
+        """
+        while True:
+            row: dict = {}
+            try:
+                row = self.dataset.reader[number]
+                return self._read(row, number, tried, pixels or self.decoder == "pillow")
+            except (DataError, OSError) as error:
+                reason = str(error) if isinstance(error, DataError) else f"it cannot be read ({error.strerror})"
+            bad.append(self.left_out(number, row.get("id"), position, reason))
+            tried += 1
+            if tried >= TRIES:
+                raise DataError(f"{self.dataset.path}: {tried} samples in a row cannot be read, the last one: {reason}")
+            number = replacement(position, tried, self.dataset.count, self.seed, self.dataset.fingerprint)
+
+    def left_out(self, number: int, identity: int | None, position: int, reason: str) -> BadSample:
+        shard = self.dataset.reader.shards[self.dataset.reader.locate(number)[0]].basename
+        return BadSample(number, identity, shard, reason, position)
+
+    def finish(self, encoded: Encoded, decoder: DaliDecoder) -> Batch:
+        """Decodes with `decoder`; what it cannot read is replaced as anywhere."""
+        bad, samples = list(encoded.bad), list(encoded.samples)
+        pictures = decoder([sample.image for sample in samples], [self._where(s.number, s.name) for s in samples])
+        device = next((picture.device for picture in pictures if isinstance(picture, Tensor)), torch.device("cpu"))
+        for i, (sample, picture) in enumerate(zip(samples, pictures, strict=True)):
+            if isinstance(picture, Tensor):
+                try:
+                    pictures[i] = self._cut(picture, self._where(sample.number, sample.name))
+                    continue
+                except DataError as error:
+                    picture = error
+            position = int(encoded.index[i])
+            bad.append(self.left_out(sample.number, sample.id, position, str(picture)))
+            tried = sample.tried + 1
+            number = replacement(position, tried, self.dataset.count, self.seed, self.dataset.fingerprint)
+            samples[i] = self.sample(position, number, bad, tried, pixels=True)
+            pictures[i] = torch.from_numpy(samples[i].image.copy()).to(device)
+        return self._assembled(torch.stack(pictures), samples, encoded.index, bad)
+
+    def _where(self, number: int, name: str) -> str:
+        return f"{self.dataset.path}: sample {number} ({name})"
+
+    def _read(self, row: dict, number: int, tried: int, pixels: bool) -> Sample:
+        where = self._where(number, row["name"])
+        image = None
+        if self.dataset.cached.pictures:
+            image = self._pixels(row["image"], where) if pixels else row["image"]
+        features = self.dataset.cached.read(row, where)
+        return Sample(image, row["label"], row["id"], row["name"], number, tried, features)
+
+    def _pixels(self, data: bytes, where: str) -> np.ndarray:
+        if not self.keep:
+            return self._cut(decode(data, where), where)
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                return np.asarray(center_crop(rgb(image), self.dataset.image_size))
+        except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+            raise DataError(f"{where} cannot be decoded ({error})") from None
+
+    def _cut(self, picture, where: str):
+        size = self.dataset.image_size
+        if self.keep:
+            return device_crop.center_crop(picture, size)
+        if tuple(picture.shape) != (size, size, 3):
+            raise DataError(f"{where} is {picture.shape[1]} x {picture.shape[0]} pixels, not {size} x {size}")
+        return picture
+
+    def _batch(self, samples: list[Sample], index: Tensor, bad: list[BadSample]) -> Batch:
+        size = self.dataset.image_size if self.dataset.cached.pictures else 0
+        images = np.empty((len(samples), size, size, 3), np.uint8)
+        if size:
+            for i, sample in enumerate(samples):
+                images[i] = sample.image
+        return self._assembled(torch.from_numpy(images), samples, index, bad)
+
+    def _assembled(self, images: Tensor, samples: list[Sample], index: Tensor, bad: list[BadSample]) -> Batch:
+        stacked = {name: torch.stack([sample.features[name] for sample in samples]) for name in samples[0].features}
+        return Batch(
+            images.permute(0, 3, 1, 2),
+            torch.tensor([sample.label for sample in samples]),
+            torch.tensor([sample.id for sample in samples]),
+            index,
+            stacked,
+            tuple(bad),
+        )
+
+
+class Onwards(SequentialSampler):
+    """start, start + 1, ... without end."""
+
+    def __init__(self, start: int) -> None:
+        self.start = start
+
+    def __iter__(self) -> Iterator[int]:
+        step = self.start
+        while True:
+            yield step
+            step += 1
+
+    def __len__(self) -> int:
+        return 2**62
