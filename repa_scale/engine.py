@@ -252,7 +252,7 @@ def _import_deepspeed(ranks: Ranks):
     """Imports DeepSpeed, quietly, and without the shared-memory op that it would otherwise compile on a CPU."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed)\..*")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    deepspeed = _import_without_its_extras()
+    deepspeed = load_deepspeed()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if ranks.device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -263,19 +263,19 @@ def _import_deepspeed(ranks: Ranks):
     return deepspeed
 
 
-def _import_without_its_extras():
+def load_deepspeed():
     """DeepSpeed without what only its autotuner and its Muon use: MLflow, and torch's compiler as an import-time cost.
 
-    Both would be loaded on every rank before its first step.
+    Both would be loaded on every rank before its first step. To be called before a thread may import MLflow.
     """
-    before = sys.modules.get("mlflow")
-    sys.modules["mlflow"] = None  # an import inside raises ImportError, which the autotuner is ready for
+    hide = "deepspeed" not in sys.modules and "mlflow" not in sys.modules
+    if hide:
+        sys.modules["mlflow"] = None  # an import inside raises ImportError, which the autotuner is ready for
     try:
         deepspeed = require("deepspeed", "train")
     finally:
-        del sys.modules["mlflow"]
-        if before is not None:
-            sys.modules["mlflow"] = before
+        if hide:
+            sys.modules.pop("mlflow", None)
     from deepspeed.runtime import compiler
 
     decorate = compiler.compile
