@@ -38,6 +38,11 @@ class DataConfig:
     image_size: int = 256  # pixels; must equal the prepared size
     workers: int = 2  # loader processes a rank; 0: decode in the training process
     verify: bool = True  # check the hash of every shard before its first use
+    decoder: str = "auto"  # auto | dali | pillow
+    flip: bool = False  # mirror each picture with probability one half
+    max_bad: str = "0.1%"  # share of the samples that may be unreadable; above it the run stops
+    remote: str = ""  # URL of the set (s3://..., gs://...); data.path is then where its parts are cached
+    cache_limit: str = ""  # bytes that the cached shards may take, such as 200gb; empty: all of them
 
 
 @dataclass

@@ -250,10 +250,7 @@ class Engine:
 
 def _import_deepspeed(ranks: Ranks):
     """Imports DeepSpeed, quietly, and without the shared-memory op that it would otherwise compile on a CPU."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed)\..*")
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     deepspeed = load_deepspeed()
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if ranks.device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # DeepSpeed asks for AMX instructions; torch computes fp16 on any CPU, slowly but right.
@@ -268,6 +265,8 @@ def load_deepspeed():
 
     Both would be loaded on every rank before its first step. To be called before a thread may import MLflow.
     """
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed)\..*")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     hide = "deepspeed" not in sys.modules and "mlflow" not in sys.modules
     if hide:
         sys.modules["mlflow"] = None  # an import inside raises ImportError, which the autotuner is ready for
@@ -276,6 +275,7 @@ def load_deepspeed():
     finally:
         if hide:
             sys.modules.pop("mlflow", None)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # its import sets another
     from deepspeed.runtime import compiler
 
     decorate = compiler.compile

@@ -36,6 +36,8 @@ def identity_keys(config: Config, data_fingerprint: str) -> dict[str, Any]:
     }
     if config.data.source != "image":  # absent else, so that older runs keep their hash
         keys["data.stored_moments"] = True
+    if config.data.flip:
+        keys["data.flip"] = True
     for room in ("model", "latents", "interpolant", "optimizer"):
         keys |= _flat(room, getattr(config, room))
     if config.method != "baseline":

@@ -43,6 +43,19 @@ class RunFolder:
         self._metrics.write(json.dumps(clean) + "\n")
         self._metrics.flush()
 
+    def quarantine(self, row: dict) -> None:
+        """Appends one bad sample to quarantine.jsonl, durably."""
+        with (self.path / "quarantine.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def quarantined(self) -> set[int]:
+        """Numbers of the samples that earlier attempts set aside."""
+        path = self.path / "quarantine.jsonl"
+        _drop_torn_line(path)
+        return {json.loads(line)["number"] for line in path.read_text().splitlines()} if path.exists() else set()
+
     def progress(self, step: int) -> None:
         """Notes the step for the next heartbeat; costs nothing."""
         self._status["step"] = step

@@ -64,7 +64,7 @@ def run(config) -> ExitCode:
     ranks.start()
     if len(set(ranks.gather_objects(identity["identity_hash"]))) > 1:
         raise ConfigError("the ranks have different configurations or data; start them all with the same arguments")
-    _verify(dataset, ranks)
+    _verify(config, dataset, ranks)
     folder = _join(config, ranks, identity, resolved_yaml(config), 16 * parameters + 2**20)
     from repa_scale.run_folder import log_to_folder
 
@@ -100,6 +100,11 @@ def stored_features_of(config, dataset):
     channels, *plane = latent_grid(config.data.image_size, config.latents.name)
     rows, columns = token_grid(config.data.image_size, config.latents.name, config.model.name)
     terms = {} if config.method == "baseline" else config.alignment
+    if config.data.flip and config.data.source != "image" and not dataset.manifest["recipe"].get("flip"):
+        raise ConfigError(
+            f"data.flip=true, but the features in {dataset.path} are not stored mirrored; "
+            "prepare the set with --flip, or use data.flip=false"
+        )
     return choose_features(
         dataset.manifest,
         config.data.source,
@@ -110,18 +115,19 @@ def stored_features_of(config, dataset):
     )
 
 
-def _verify(dataset, ranks) -> None:
-    """The ranks of a node share the checking of the shards' hashes; what one finds, all raise."""
-    problem = None
+def _verify(config, dataset, ranks) -> None:
+    """The ranks of a node share the checking of the shards' hashes. What one finds, all leave out, or all refuse."""
+    from repa_scale.data.bad import Quarantine
+
+    bad = {}
     if not dataset.verified:
         node = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or ranks.world_size)
-        try:
-            dataset.verify(ranks.local_rank % node, node)
-        except UserError as error:
-            problem = error
-    for found in ranks.gather_objects(problem):
-        if found is not None:
-            raise found
+        bad = dataset.verify(ranks.local_rank % node, node)
+    for found in ranks.gather_objects(bad):
+        dataset.reader.bad |= found
+    shards = {dataset.reader.shards[number].basename: why for number, why in sorted(dataset.reader.bad.items())}
+    samples = sum(dataset.reader.shards[number].samples for number in dataset.reader.bad)
+    Quarantine(dataset.count, config.data.max_bad).refuse(shards, samples)
 
 
 def run_identity(config, data_fingerprint: str) -> dict:

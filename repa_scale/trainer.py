@@ -16,7 +16,9 @@ from torch import Tensor
 from repa_scale.checkpoint import MANIFEST, step_folder
 from repa_scale.clock import Clock
 from repa_scale.config import Config
+from repa_scale.data.bad import Quarantine
 from repa_scale.data.batches import Batch, Batches, DataSet
+from repa_scale.data.decode import choose_decoder
 from repa_scale.draws import draw, drop_labels
 from repa_scale.ema import ShardEma
 from repa_scale.engine import Engine, Outcome
@@ -34,6 +36,7 @@ from repa_scale.schedules import learning_rate
 from repa_scale.state import load_state, newest_verified, save_state, set_initial
 from repa_scale.tracking import Tracker
 
+WAIT_SHARE = 0.02  # of a step, waiting for data, above which a warning is due
 log = logging.getLogger("repa_scale")
 
 
@@ -90,7 +93,9 @@ class Trainer:
         self.terms = self.engine.module.terms
         self.frozen = Frozen(config, self.terms, ranks, self.clock, dataset.cached)
         self.interpolant = Interpolant(config.interpolant.path)
+        self.quarantine = Quarantine(dataset.count, config.data.max_bad)
         self.skipped = 0
+        self._waits_told = False
         self._since_log: list[dict[str, float]] = []
 
     def train(self) -> ExitCode:
@@ -103,14 +108,18 @@ class Trainer:
             last = step == train.steps
             if train.sample_every and (last or step % train.sample_every == 0):
                 self.sample(step)
-            if stop or last or step % train.checkpoint_every == 0:
+            if stop or last or self.quarantine.problem or step % train.checkpoint_every == 0:
                 self.save(step)
+            if self.quarantine.problem:
+                return self.finish("failed", step, ExitCode.BAD_INPUT, self.quarantine.problem)
             if stop and not last:
                 return self.finish("preempted", step, ExitCode.PREEMPTED)
         return self.finish("completed", max(done, train.steps), ExitCode.COMPLETED)
 
     def resume(self) -> int:
         """Takes up the newest whole checkpoint, or sets the initial weights. Returns the steps already done."""
+        known = self.run.quarantined() if self.run else None
+        self.quarantine.numbers |= self.ranks.broadcast_object(known)
         reader = newest_verified(self.checkpoints, self.ranks)
         if reader is None:
             set_initial(self.engine, self.ema, self.config)
@@ -125,6 +134,7 @@ class Trainer:
         config = self.config
         if done >= config.train.steps:
             return
+        device = self.ranks.device
         source = Batches(
             self.dataset,
             seed=config.seed,
@@ -133,6 +143,9 @@ class Trainer:
             world=self.ranks.world_size,
             workers=config.data.workers,
             start_step=done,
+            decoder=choose_decoder(config.data.decoder, device),
+            flip=config.data.flip,
+            device=device,
         )
         try:
             stream = iter(source)
@@ -181,9 +194,12 @@ class Trainer:
     def record(self, step: int, losses: dict[str, Tensor], outcome: Outcome, batch: Batch) -> bool:
         """Reduces the step's numbers over the ranks, writes its row when due. Returns whether anyone asks to stop."""
         names = sorted(losses)
-        means, batch_fingerprint, stop = reduce_step(
-            self.ranks, [losses[name] for name in names], fingerprint(batch.ids), self.stop.asked
+        left_out = torch.tensor(float(len(batch.bad)))
+        (bad, *means), batch_fingerprint, stop = reduce_step(
+            self.ranks, [left_out, *(losses[name] for name in names)], fingerprint(batch.ids), self.stop.asked
         )
+        if bad:
+            self.set_aside(step, batch)
         seconds = {f"{phase}_seconds": value for phase, value in self.clock.read().items()}
         self._since_log.append(
             {**seconds, "step_seconds": time.perf_counter() - self._began, "data_wait_seconds": self._waited}
@@ -222,6 +238,14 @@ class Trainer:
         )
         return stop
 
+    def set_aside(self, step: int, batch: Batch) -> None:
+        """Takes the bad samples of all ranks into the quarantine, and rank 0 writes those that are new."""
+        found = [sample for samples in self.ranks.gather_objects(batch.bad) for sample in samples]
+        for sample in self.quarantine.add(found):
+            log.warning("step %d: sample %d was left out and replaced: %s", step, sample.number, sample.reason)
+            if self.run is not None:
+                self.run.quarantine({"step": step, "attempt": self.run.attempt, **sample.as_dict()})
+
     def save(self, step: int) -> None:
         """Writes the checkpoint of this step."""
         folder = self.checkpoints
@@ -237,13 +261,13 @@ class Trainer:
             save_sheet(drawn[0], path)
             self.tracker.log_artifact(path, "samples")
 
-    def finish(self, state: str, step: int, code: ExitCode) -> ExitCode:
+    def finish(self, state: str, step: int, code: ExitCode, reason: str = "") -> ExitCode:
         """Writes the final state; all ranks leave after rank 0's last write."""
         if self.run is not None:
             self.tracker.log_artifact(self.checkpoints / step_folder(step) / MANIFEST, "checkpoint")
             self.tracker.finish(state)
-            self.run.close(state, step)
-            log.info("%s at step %d of %d: %s", state, step, self.config.train.steps, self.run.path)
+            self.run.close(state, step, reason)
+            log.info("%s at step %d of %d: %s", state, step, self.config.train.steps, reason or self.run.path)
         self.ranks.barrier()
         return code
 
@@ -252,6 +276,15 @@ class Trainer:
         steps, self._since_log = self._since_log, []
         names = sorted({name for step in steps for name in step})
         means = {name: math.fsum(step.get(name, 0.0) for step in steps) / len(steps) for name in names}
+        if means["data_wait_seconds"] > WAIT_SHARE * means["step_seconds"] and not self._waits_told and len(steps) > 1:
+            self._waits_told = True  # once a start: it will not get better by itself
+            log.warning(
+                "steps wait for data %.0f %% of their time; raise data.workers (now %d), "
+                "or see what limits it: repa-scale prepare --bench %s",
+                100 * means["data_wait_seconds"] / means["step_seconds"],
+                self.config.data.workers,
+                self.config.data.path,
+            )
         return {"images_per_second": self.config.train.global_batch / means["step_seconds"], **means}
 
 

@@ -9,10 +9,12 @@ from pathlib import Path
 
 from repa_scale.config import Config, TermConfig
 from repa_scale.errors import ConfigError, did_you_mean
+from repa_scale.quantities import share, size_in_bytes
 from repa_scale.sizes import ENCODERS, PROJECTORS, backbone, latent_spec, token_grid
 
 CHOICES = {
     "method": ("repa", "baseline"),
+    "data.decoder": ("auto", "dali", "pillow"),
     "data.source": ("image", "moments", "moments+tokens"),
     "run.resume": ("auto", "never"),
     "interpolant.path": ("linear", "cosine"),
@@ -111,6 +113,12 @@ def batch_split(config: Config, world_size: int) -> tuple[int, int]:
 def _check_data(config: Config) -> None:
     if not config.data.path:
         raise ConfigError("data.path is empty; give data.path=FOLDER, made by: repa-scale prepare SOURCE --out FOLDER")
+    share(config.data.max_bad)
+    size_in_bytes(config.data.cache_limit)
+    if config.data.cache_limit and not config.data.remote:
+        raise ConfigError(
+            f"data.cache_limit={config.data.cache_limit} limits the cache of data.remote, which is not set"
+        )
     spec = latent_spec(config.latents.name)
     if spec.kind == "identity" and config.latents.weights not in ("hub", "random"):
         raise ConfigError(

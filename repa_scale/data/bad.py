@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from repa_scale import rng
-from repa_scale.errors import ConfigError, DataError
+from repa_scale.errors import DataError
+from repa_scale.quantities import share
 
 TRIES = 20  # samples in a row that cannot be read: then it is not the samples
 
@@ -35,23 +36,8 @@ class BadSample:
 
 def replacement(position: int, tried: int, count: int, seed: int, fingerprint: str) -> int:
     """The sample that stands in at a global position after `tried` ones could not be read: for any ranks the same."""
-    drawn = rng.uniform(seed, f"replacement of {fingerprint}", tried, torch.tensor([position]), (1,))
+    drawn = rng.uniform(seed, f"replacement of {fingerprint}", tried, torch.tensor([position]), (), dtype=torch.float64)
     return min(int(drawn.item() * count), count - 1)
-
-
-def parse_share(text: str) -> float:
-    """`data.max_bad`: `"0.1%"` or `"0.001"` -> 0.001.
-
-    Raises:
-        ConfigError: not a share between 0 and 1.
-    """
-    try:
-        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1:
-        raise ConfigError(f"data.max_bad={text} must be a share of the samples, such as 0.1% or 0.001")
-    return value
 
 
 class Quarantine:
@@ -62,7 +48,7 @@ class Quarantine:
     """
 
     def __init__(self, count: int, most: str) -> None:
-        self.count, self.text, self.most = count, most, parse_share(most)
+        self.count, self.text, self.most = count, most, share(most)
         self.numbers: set[int] = set()
 
     def add(self, samples: list[BadSample]) -> list[BadSample]:

@@ -34,6 +34,7 @@ class Batches:
     Args:
         workers: processes that read and decode; 0: this process.
         start_step: steps already done.
+        flip: mirror each sample with probability one half.
         decoder: `pillow`, in those processes; `dali`, in this one and its threads, or on its GPU.
         device: where the batches are wanted. For a GPU each is copied one step ahead, on a stream of its own.
     """
@@ -49,9 +50,10 @@ class Batches:
         workers: int,
         start_step: int,
         decoder: str = "pillow",
+        flip: bool = False,
         device: torch.device | None = None,
     ) -> None:
-        self._steps = Steps(dataset, seed, global_batch, rank, world, decoder)
+        self._steps = Steps(dataset, seed, global_batch, rank, world, decoder, flip)
         self._start = start_step
         self._workers = workers
         self._device = device or torch.device("cpu")

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, SequentialSampler
 
+from repa_scale import rng
 from repa_scale.data import device_crop
 from repa_scale.data.bad import TRIES, BadSample, replacement
 from repa_scale.data.crop import center_crop
@@ -86,6 +87,7 @@ class Sample:
     id: int
     name: str
     number: int
+    flipped: bool
     tried: int  # samples that could not be read at this position before
     features: dict[str, Tensor]
 
@@ -107,12 +109,20 @@ class Steps(Dataset):
 
     Args:
         decoder: `pillow`: batches of pixels come out; `dali`: bytes, for `finish`.
+        flip: mirror each sample with probability one half, by (seed, step, position).
     """
 
     def __init__(
-        self, dataset: DataSet, seed: int, global_batch: int, rank: int, world: int, decoder: str = "pillow"
+        self,
+        dataset: DataSet,
+        seed: int,
+        global_batch: int,
+        rank: int,
+        world: int,
+        decoder: str = "pillow",
+        flip: bool = False,
     ) -> None:
-        self.dataset, self.seed, self.global_batch, self.decoder = dataset, seed, global_batch, decoder
+        self.dataset, self.seed, self.global_batch, self.decoder, self.flip = dataset, seed, global_batch, decoder, flip
         self.order = Order([shard.samples for shard in dataset.reader.shards], seed, dataset.fingerprint)
         self.keep = dataset.manifest["recipe"].get("layout") == "keep"
         self.share = global_batch // world
@@ -125,14 +135,17 @@ class Steps(Dataset):
             self.dataset.reader.expect(lambda: self.order.shards_from(first))
             bad: list[BadSample] = []
             numbers = self.order.at(index).tolist()
-            samples = [self.sample(p, number, bad) for p, number in zip(index.tolist(), numbers, strict=True)]
+            places = zip(index.tolist(), numbers, self._flips(step, index), strict=True)
+            samples = [self.sample(position, number, flipped, bad) for position, number, flipped in places]
             if self.decoder == "dali" and self.dataset.cached.pictures:
                 return Encoded(samples, index, tuple(bad))
             return self._batch(samples, index, bad)
         except DataError as error:
             return Failure(str(error))
 
-    def sample(self, position: int, number: int, bad: list[BadSample], tried: int = 0, pixels: bool = False) -> Sample:
+    def sample(
+        self, position: int, number: int, flipped: bool, bad: list[BadSample], tried: int = 0, pixels: bool = False
+    ) -> Sample:
         """The sample of a position, or what takes its place; what could not be read is appended to `bad`.
 
         Args:
@@ -146,7 +159,7 @@ class Steps(Dataset):
             row: dict = {}
             try:
                 row = self.dataset.reader[number]
-                return self._read(row, number, tried, pixels or self.decoder == "pillow")
+                return self._read(row, number, flipped, tried, pixels or self.decoder == "pillow")
             except (DataError, OSError) as error:
                 reason = str(error) if isinstance(error, DataError) else f"it cannot be read ({error.strerror})"
             bad.append(self.left_out(number, row.get("id"), position, reason))
@@ -167,7 +180,8 @@ class Steps(Dataset):
         for i, (sample, picture) in enumerate(zip(samples, pictures, strict=True)):
             if isinstance(picture, Tensor):
                 try:
-                    pictures[i] = self._cut(picture, self._where(sample.number, sample.name))
+                    picture = self._cut(picture, self._where(sample.number, sample.name))
+                    pictures[i] = picture.flip(1) if sample.flipped else picture
                     continue
                 except DataError as error:
                     picture = error
@@ -175,20 +189,27 @@ class Steps(Dataset):
             bad.append(self.left_out(sample.number, sample.id, position, str(picture)))
             tried = sample.tried + 1
             number = replacement(position, tried, self.dataset.count, self.seed, self.dataset.fingerprint)
-            samples[i] = self.sample(position, number, bad, tried, pixels=True)
+            samples[i] = self.sample(position, number, sample.flipped, bad, tried, pixels=True)
             pictures[i] = torch.from_numpy(samples[i].image.copy()).to(device)
         return self._assembled(torch.stack(pictures), samples, encoded.index, bad)
 
     def _where(self, number: int, name: str) -> str:
         return f"{self.dataset.path}: sample {number} ({name})"
 
-    def _read(self, row: dict, number: int, tried: int, pixels: bool) -> Sample:
+    def _flips(self, step: int, index: Tensor) -> list[bool]:
+        if not self.flip:
+            return [False] * len(index)
+        return rng.bernoulli(0.5, self.seed, "flip", step + 1, index).tolist()
+
+    def _read(self, row: dict, number: int, flipped: bool, tried: int, pixels: bool) -> Sample:
         where = self._where(number, row["name"])
         image = None
         if self.dataset.cached.pictures:
             image = self._pixels(row["image"], where) if pixels else row["image"]
-        features = self.dataset.cached.read(row, where)
-        return Sample(image, row["label"], row["id"], row["name"], number, tried, features)
+            if pixels and flipped:
+                image = image[:, ::-1]
+        features = self.dataset.cached.read(row, where, flipped)
+        return Sample(image, row["label"], row["id"], row["name"], number, flipped, tried, features)
 
     def _pixels(self, data: bytes, where: str) -> np.ndarray:
         if not self.keep:
