@@ -41,7 +41,8 @@ class DataConfig:
     decoder: str = "auto"  # auto | dali | pillow
     flip: bool = False  # mirror each picture with probability one half
     max_bad: str = "0.1%"  # share of the samples that may be unreadable; above it the run stops
-    remote: str = ""  # URL of the set (s3://..., gs://...); data.path is then where its parts are cached
+    remote: str = ""  # URL of the set (s3://..., gs://...), instead of data.path
+    cache: str = ""  # folder on a local disk for the shards of a remote set
     cache_limit: str = ""  # bytes that the cached shards may take, such as 200gb; empty: all of them
 
 

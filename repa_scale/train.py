@@ -48,10 +48,10 @@ def run(config) -> ExitCode:
     ranks = Ranks.from_environment(config.train.device)
     validate(config, ranks.world_size)
     from repa_scale.alignment import check_kernel
-    from repa_scale.data.batches import check_dataset, open_dataset
+    from repa_scale.data.dataset import check_dataset, open_configured
 
     check_kernel(config, ranks.device)
-    dataset = open_dataset(config.data.path, verify=config.data.verify)
+    dataset = open_configured(config.data)
     check_dataset(dataset, config.model.num_classes, config.data.image_size, config.train.global_batch)
     dataset.cached = stored_features_of(config, dataset)
     from repa_scale.deepspeed_config import deepspeed_dict

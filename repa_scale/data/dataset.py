@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from repa_scale.config import DataConfig
 from repa_scale.data.features import Cached
 from repa_scale.data.manifest import data_fingerprint, read_manifest
-from repa_scale.data.mds import MdsReader, read_index
+from repa_scale.data.mds import MdsReader, Shard, read_index
+from repa_scale.data.remote import RemoteReader, check_limit, open_remote
 from repa_scale.errors import ConfigError, DataError
+from repa_scale.quantities import size_in_bytes
 
 
 class DataSet:
@@ -93,10 +97,28 @@ def open_dataset(path: str | Path, verify: bool = True) -> DataSet:
     """
     if not str(path):
         raise DataError("data.path is empty; set it to a folder that `repa-scale prepare` made")
-    folder = Path(path)
+    return _opened(Path(path), verify, MdsReader)
+
+
+def open_configured(data: DataConfig) -> DataSet:
+    """The set of a run: in a folder, or in a store behind a cache folder.
+
+    Raises:
+        UserError: it cannot be opened.
+    """
+    if not data.remote:
+        return open_dataset(data.path, data.verify)
+    limit = size_in_bytes(data.cache_limit)
+    folder = open_remote(data.remote, data.cache, limit)
+    dataset = _opened(folder, True, lambda where, shards: RemoteReader(where, shards, data.remote, limit))
+    check_limit(dataset.reader, data.cache_limit)
+    return dataset
+
+
+def _opened(folder: Path, verify: bool, read: Callable[[Path, list[Shard]], MdsReader]) -> DataSet:
     manifest = read_manifest(folder)
     shards = read_index(folder)
-    reader = MdsReader(folder, shards)
+    reader = read(folder, shards)
     if hashlib.sha256((folder / "index.json").read_bytes()).hexdigest() != manifest["index_sha256"]:
         raise DataError(f"{folder / 'index.json'} is not the index that dataset.json was made with; prepare it again")
     if len(reader) != manifest["count"]:

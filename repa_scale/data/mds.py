@@ -105,7 +105,7 @@ class MdsReader:
         self.shards = shards
         self.bad: dict[int, str] = {}  # shards that must not be touched again, and why
         self._starts = np.cumsum([0, *(shard.samples for shard in shards)]).tolist()
-        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._limit = 0
 
     def __len__(self) -> int:
@@ -149,7 +149,7 @@ class MdsReader:
         if hasattr(self, "_open"):
             self.close()
 
-    def _shard(self, which: int) -> _OpenShard:
+    def _shard(self, which: int) -> OpenShard:
         shard = self._open.get(which)
         if shard is not None:
             self._open.move_to_end(which)
@@ -166,12 +166,12 @@ class MdsReader:
             raise
         return shard
 
-    def opened(self, which: int) -> _OpenShard:
+    def opened(self, which: int) -> OpenShard:
         """Opens a shard file; remote.py fetches it first."""
-        return _OpenShard(self.folder, self.shards[which])
+        return OpenShard(self.folder, self.shards[which])
 
 
-class _OpenShard:
+class OpenShard:
     """An open shard file and where its samples lie.
 
     The layout of a file: number of samples, samples + 1 offsets (all uint32), a copy of the configuration, the samples.

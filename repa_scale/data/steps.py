@@ -22,7 +22,7 @@ from repa_scale.data.crop import center_crop
 from repa_scale.data.dataset import DataSet
 from repa_scale.data.decode import DaliDecoder, decode, rgb
 from repa_scale.data.order import Order
-from repa_scale.errors import DataError
+from repa_scale.errors import DataError, UserError
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Steps(Dataset):
             if self.decoder == "dali" and self.dataset.cached.pictures:
                 return Encoded(samples, index, tuple(bad))
             return self._batch(samples, index, bad)
-        except DataError as error:
+        except UserError as error:
             return Failure(str(error))
 
     def sample(
