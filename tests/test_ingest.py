@@ -111,6 +111,7 @@ def cifar5000(data_folder, tmp_path_factory):
     return path
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(not FULL, reason="minutes: REPA_SCALE_FULL=1")
 def test_five_kills_of_the_command(cifar5000, tmp_path):
     """5,000 images, 2 workers, five kills of all processes at random times."""
