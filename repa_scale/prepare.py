@@ -17,7 +17,7 @@ from repa_scale.data.batches import decode, open_dataset
 from repa_scale.data.bucket import Bucket, is_url, remove_scratch, scratch_for
 from repa_scale.data.check import balance, check_set
 from repa_scale.data.dataset import DataSet
-from repa_scale.data.ingest import Encoded, encode, ingest
+from repa_scale.data.ingest import Encoded, encode, ingest, parts_of
 from repa_scale.data.labels import parse_labels
 from repa_scale.data.manifest import MANIFEST
 from repa_scale.data.recipe import Recipe
@@ -104,7 +104,7 @@ def _ingest(args, source: Source, out: Path, recipe: Recipe, networks, ranks: Ra
     if not ranks.is_main:
         return ingest(source, out, recipe, args.workers, _nothing, features=networks, group=ranks, store=bucket)
     with _progress() as bar:
-        total = -(-len(source.items) // ranks.world_size)
+        total = sum(len(items) for _, items in parts_of(source, recipe, ranks))
         task = bar.add_task(f"preparing {source.name}", total=total)
         return ingest(
             source, out, recipe, args.workers, lambda count: bar.advance(task, count),

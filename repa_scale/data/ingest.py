@@ -176,12 +176,10 @@ def _make_parts(
     store: Store | None,
 ) -> list[tuple[int, dict[str, Any]]]:
     """Makes this rank's parts that are not there yet; returns number and done.json of each."""
-    size = PART_ITEMS_WITH_FEATURES if recipe.features else PART_ITEMS
-    parts = list(enumerate(source.items[i : i + size] for i in range(0, len(source.items), size)))
     made = []
     with ProcessPoolExecutor(workers, get_context("fork"), initializer=_depend, initargs=(os.getpid(),)) as pool:
         writer = _PartWriter(source, recipe, pool, IN_FLIGHT * workers, progress, features)
-        for number, items in parts[group.rank :: group.world_size]:
+        for number, items in parts_of(source, recipe, group):
             folder = out / WORK / f"part_{number:05d}"
             done = store.finished(number) if store else None
             if done is None:
@@ -196,6 +194,13 @@ def _make_parts(
                 progress(len(items))
             made.append((number, done))
     return made
+
+
+def parts_of(source: Source, recipe: Recipe, group: Group) -> list[tuple[int, list[Item]]]:
+    """Numbers and images of the parts that this rank makes."""
+    size = PART_ITEMS_WITH_FEATURES if recipe.features else PART_ITEMS
+    starts = range(0, len(source.items), size)
+    return [(i // size, source.items[i : i + size]) for i in starts[group.rank :: group.world_size]]
 
 
 @contextmanager
