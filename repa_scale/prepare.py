@@ -32,7 +32,6 @@ SIZES = (4, 4096)  # pixels an axis
 SHOWN = 40  # samples on the picture
 LISTED = 5  # quarantined images named on the screen; the manifest lists all
 PROBLEMS = 50  # of a check, named on the screen
-BYTES_A_PIXEL = {"png": 2.0, "jpeg": 0.62}  # photographs at 256 px: 130 and 40 KB
 
 
 def main(argv: list[str]) -> int:
@@ -151,15 +150,14 @@ def _same_recipe(made: dict[str, Any], wanted: Recipe) -> bool:
 def _say_sizes(say: Callable[..., None], source: Source, recipe: Recipe) -> None:
     """Bytes an image and of the whole set, before anything is written."""
     count = len(source.items)
-    if recipe.layout == "keep":
-        known = [item.size for item in source.items if item.size > 0]
-        picture = sum(known) / len(known) if known else None
-    else:
-        picture = BYTES_A_PIXEL[recipe.format] * recipe.size**2
-    total = count * ((picture or 0) + recipe.feature_bytes)
+    picture = recipe.picture_bytes
+    known = [item.size for item in source.items if item.size > 0]
+    if recipe.layout == "keep" and known:
+        picture = sum(known) / len(known)
+    total = count * (picture + recipe.feature_bytes)
     parts = [f"{stored.kind} of {stored.network} {_size(stored.bytes)} ({stored.dtype})" for stored in recipe.features]
     twice = " each, and the same of the mirrored picture" if recipe.flip else ""
-    pictures = f"picture about {_size(picture)}" if picture else "picture as it is"
+    pictures = f"picture about {_size(picture)}"
     say(f"an image: {', '.join([pictures, *parts])}{twice}; {count} images: about {_size(total)}")
 
 

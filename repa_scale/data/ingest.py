@@ -1,8 +1,8 @@
 """From a source of images to a prepared set: decode, crop, encode, write MDS shards; interrupted, it goes on.
 
-The set grows in parts of a fixed number of source images under OUT/.prepare. A part counts once its done.json is
-written; the parts become the set when all are there, and dataset.json is written last. What a part holds depends on its
-images alone, so neither workers, ranks nor interruptions change a byte.
+The set grows in parts under OUT/.prepare, of so many source images as fill about one shard. A part counts once its
+done.json is written; the parts become the set when all are there, and dataset.json is written last. What a part holds
+depends on its images alone, so neither workers, ranks nor interruptions change a byte.
 """
 
 from __future__ import annotations
@@ -33,17 +33,14 @@ from PIL import Image, UnidentifiedImageError
 
 from repa_scale import __version__, torchvision_fix
 from repa_scale.data.crop import center_crop
-from repa_scale.data.manifest import FORMAT_VERSION, MANIFEST, data_fingerprint, write_file
+from repa_scale.data.manifest import FORMAT_VERSION, MANIFEST, data_fingerprint, link, write_file
 from repa_scale.data.mds import read_index, verify_shard
-from repa_scale.data.recipe import Recipe
+from repa_scale.data.recipe import SHARD_BYTES, Recipe
 from repa_scale.data.sources import Item, Source
 from repa_scale.errors import DataError, UserError, require
 
 WORK = ".prepare"
-PART_ITEMS = 2048
-PART_ITEMS_WITH_FEATURES = 256  # their networks are slow: an interruption should cost little
 FEATURE_BATCH = 32  # images that go through the networks together
-SHARD_BYTES = 1 << 26
 IN_FLIGHT = 8  # images a worker has ahead
 LARGEST_FILE = 1 << 28  # bytes; an archive's member could unpack to any size
 PATIENCE = 600.0  # seconds for one picture
@@ -198,7 +195,7 @@ def _make_parts(
 
 def parts_of(source: Source, recipe: Recipe, group: Group) -> list[tuple[int, list[Item]]]:
     """Numbers and images of the parts that this rank makes."""
-    size = PART_ITEMS_WITH_FEATURES if recipe.features else PART_ITEMS
+    size = recipe.part_items
     starts = range(0, len(source.items), size)
     return [(i // size, source.items[i : i + size]) for i in starts[group.rank :: group.world_size]]
 
@@ -395,7 +392,8 @@ def _assemble(
         for row in done["shards"]:
             if store is None:
                 name = f"shard.{len(rows):05d}.mds"
-                _link(out / WORK / f"part_{number:05d}" / row["raw_data"]["basename"], out / name)
+                # Not a rename: until dataset.json stands, the parts stay whole and the same command goes on from them.
+                link(out / WORK / f"part_{number:05d}" / row["raw_data"]["basename"], out / name)
                 row["raw_data"]["basename"] = name
             rows.append(row)
     if not rows:
@@ -422,15 +420,6 @@ def _assemble(
         store.put_files(out, ["index.json", MANIFEST])
     shutil.rmtree(out / WORK)
     return manifest
-
-
-def _link(origin: Path, target: Path) -> None:
-    """Links, not renames: until dataset.json stands, the parts stay whole and the same command goes on from them."""
-    target.unlink(missing_ok=True)
-    try:
-        os.link(origin, target)
-    except OSError:  # a file system without links
-        shutil.copyfile(origin, target)
 
 
 def _versions(recipe: Recipe) -> dict[str, str]:
