@@ -293,7 +293,7 @@ def _rewrite(dataset, rows, out):
 
 
 def assert_agree(cached, live):
-    """fp32 moments and bf16 tokens: the cosine within 1e-4, all else within 2**-9 of its value, half a step of bf16."""
+    """fp32 moments and bf16 tokens: the cosine within 1e-4, all else within 2**-9 of its value."""
     assert len(cached) == len(live) > 0
     for a, b in zip(cached, live, strict=True):
         assert a["batch_fingerprint"] == b["batch_fingerprint"]
