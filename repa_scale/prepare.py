@@ -22,7 +22,7 @@ from repa_scale.data.labels import parse_labels
 from repa_scale.data.manifest import MANIFEST
 from repa_scale.data.recipe import Recipe
 from repa_scale.data.sources import Source, open_source, take
-from repa_scale.errors import ConfigError, DataError, ExitCode
+from repa_scale.errors import ConfigError, DataError, ExitCode, UserError
 from repa_scale.features import FeatureNetworks, parse_network, plan_features
 from repa_scale.pictures import save_sheet
 from repa_scale.ranks import Ranks
@@ -82,8 +82,8 @@ def _prepare(args: argparse.Namespace, ranks: Ranks) -> int:
             grid=args.token_grid, flip=args.flip, device=ranks.device,
         )  # fmt: skip
         recipe = replace(recipe, features=tuple(networks.stored))
-    if bucket and ranks.is_main:
-        bucket.claim({"source": source.fingerprint, "recipe": recipe.as_dict()})
+    if bucket:
+        _claim(bucket, {"source": source.fingerprint, "recipe": recipe.as_dict()}, ranks)
     manifest = _ingest(args, source, out, recipe, networks, ranks, bucket)
     if not ranks.is_main:
         return ExitCode.COMPLETED
@@ -109,6 +109,19 @@ def _ingest(args, source: Source, out: Path, recipe: Recipe, networks, ranks: Ra
             source, out, recipe, args.workers, lambda count: bar.advance(task, count),
             features=networks, group=ranks, store=bucket,
         )  # fmt: skip
+
+
+def _claim(bucket: Bucket, job: dict[str, Any], ranks: Ranks) -> None:
+    """Rank 0 takes the URL for this job; where it is refused, every rank raises the same."""
+    refusal = None
+    if ranks.is_main:
+        try:
+            bucket.claim(job)
+        except UserError as error:
+            refusal = error
+    refusal = ranks.broadcast_object(refusal)
+    if refusal is not None:
+        raise refusal
 
 
 def _check_words(args: argparse.Namespace) -> None:
