@@ -281,8 +281,8 @@ def test_links_and_devices_in_a_tar_are_passed_over(tmp_path):
         member = tarfile.TarInfo("cat/a.png")
         member.size = len(PICTURES[0])
         archive.addfile(member, io.BytesIO(PICTURES[0]))
-    _, rows = prepared(tmp_path / "evil.tar", tmp_path / "set")
-    assert [row["name"] for row in rows] == ["cat/a.png"]
+    dataset, rows = prepared(tmp_path / "evil.tar", tmp_path / "set")
+    assert [row["name"] for row in rows] == ["cat/a.png"] and dataset.manifest["quarantined"] == []
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar", "webdataset", "parquet"])
