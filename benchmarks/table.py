@@ -55,6 +55,15 @@ def _loader(row: Row) -> Iterator[tuple[str, str, str]]:
         yield f"loader against plain files and Pillow, {case['case']}", measured, f"at least {row['goal']}"
 
 
+def _data(row: Row) -> Iterator[tuple[str, str, str]]:
+    rates, peer = row["images_per_second"], row["fastest_peer"]
+    what = f"loader with {row['workers']} process, {row['case']}:"
+    limit = f"{row['of_limit']:.2f} times ({rates['ours']:,.0f} images/s)"
+    yield f"{what} against decoding alone out of memory", limit, f"at least {row['goal']}"
+    against = f"{row['of_fastest_peer']:.2f} times ({peer})"
+    yield f"{what} against the fastest of streaming, torchvision and WebDataset", against, "at least 1"
+
+
 def _random(row: Row) -> Iterator[tuple[str, str, str]]:
     yield "counter-based random numbers, share of a step of SiT-S/2", f"{row['share']:.2%}", f"under {row['goal']:.0%}"
 
@@ -79,6 +88,7 @@ LINES: dict[str, Callable[[Row], Iterator[tuple[str, str, str]]]] = {
     "step_overhead": _overhead,
     "zero_memory": _memory,
     "loader": _loader,
+    "data": _data,
     "rng": _random,
     "pair": _pair,
     "train_throughput": _throughput,

@@ -26,15 +26,14 @@ from repa_scale.ema import ShardEma
 from repa_scale.encoders import build_encoder, preprocess
 from repa_scale.engine import Engine
 from repa_scale.errors import UserError
+from repa_scale.flops import GPU_PEAK, training_flops
 from repa_scale.interpolant import Interpolant
 from repa_scale.models.initial import initial_values
 from repa_scale.objective import build_objective, total
 from repa_scale.ranks import Ranks
 from repa_scale.sizes import encoder_spec
 
-# FLOPs of one training image: backbone and projector at 6 a multiply-add, the encoder's forward pass at 2.
-FLOPS = {"SiT-XL/2": 712e9 + 3 * 12.5e9, "encoder": 92e9}
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+TOKENS = 256  # 256 px, factor 8, patch 2
 
 
 def main() -> None:
@@ -56,7 +55,7 @@ def main() -> None:
             ways["public"] = public(args.public, args.model, args.encoder, data, ranks.device)
         for name, step in ways.items():
             row = measure(step, args.steps, batch, ranks.device)
-            mfu = row["images_per_second"] * (FLOPS.get(args.model, 0) + FLOPS["encoder"]) / peak_flops()
+            mfu = row["images_per_second"] * training_flops(args.model, args.encoder, TOKENS) / peak_flops()
             row |= {"way": name, "model": args.model, "batch": batch, "mfu": mfu, "compile": args.compile}
             row["case"] = f"{name}, batch {batch}{', compiled' if args.compile else ''}"
             phases = "  ".join(f"{phase} {1e3 * value:.1f}" for phase, value in row["phases"].items())
@@ -201,7 +200,7 @@ def measure(step: Callable, steps: int, batch: int, device: torch.device) -> dic
 def peak_flops() -> float:
     """Dense bf16 peak of this GPU; infinite where it is not known."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return next((value for key, value in PEAK.items() if key in name), float("inf"))
+    return next((value for key, value in GPU_PEAK.items() if key in name), float("inf"))
 
 
 if __name__ == "__main__":

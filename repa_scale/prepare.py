@@ -39,6 +39,8 @@ def main(argv: list[str]) -> int:
     args = _parse(argv)
     if args.check:
         return _check(Path(args.check), args.sample)
+    if args.bench:
+        return _bench(args)
     _check_words(args)
     ranks = _join()
     try:
@@ -217,6 +219,15 @@ def _check(folder: Path, sample: int | None) -> int:
     return ExitCode.COMPLETED
 
 
+def _bench(args: argparse.Namespace) -> int:
+    from repa_scale.prepare_bench import bench
+
+    dataset = open_dataset(args.bench)
+    for line in bench(dataset, args.workers, args.model, args.encoder, args.gpu):
+        print(line)
+    return ExitCode.COMPLETED
+
+
 def _summary(manifest: dict[str, Any], where: object) -> str:
     classes = f"{len(manifest['class_names'])} classes" if manifest["class_names"] else "no classes"
     return (
@@ -279,4 +290,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--scratch", default=".", metavar="FOLDER", help="for parts on their way to a bucket")
     parser.add_argument("--check", metavar="FOLDER", help="verify a prepared set instead")
     parser.add_argument("--sample", type=int, metavar="N", help="of --check: read N samples instead of all")
+    parser.add_argument("--bench", metavar="FOLDER", help="measure the data path from a prepared set on this machine")
+    parser.add_argument("--model", default="SiT-XL/2", help="with --bench: the backbone to feed (default: SiT-XL/2)")
+    parser.add_argument("--encoder", default="dinov2-vit-b", help="with --bench (default: dinov2-vit-b)")
+    parser.add_argument("--gpu", help="with --bench: the GPU to feed, A100, H100, H200 or B200 (default: this one's)")
     return parser.parse_args(argv)
