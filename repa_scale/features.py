@@ -125,6 +125,7 @@ def moments_shape(size: int, name: str) -> tuple[int, int, int]:
 
 def tokens_shape(size: int, name: str, grid: int | None) -> tuple[int, int]:
     """(tokens, width) of an encoder for pictures of `size` pixels."""
+    width = encoder_spec(name).width
     if grid is None and size % TOKEN_PIXELS:
         raise ConfigError(
             f"--tokens: --size {size} is no multiple of {TOKEN_PIXELS}; give --token-grid, the transformer's patches "
@@ -133,7 +134,7 @@ def tokens_shape(size: int, name: str, grid: int | None) -> tuple[int, int]:
     side = grid or size // TOKEN_PIXELS
     if not 1 <= side <= 256:
         raise ConfigError(f"--token-grid {side} must lie between 1 and 256")
-    return side * side, encoder_spec(name).width
+    return side * side, width
 
 
 def weights_sha256(network: nn.Module | None) -> str:

@@ -17,12 +17,12 @@ from repa_scale.data.batches import decode, open_dataset
 from repa_scale.data.bucket import Bucket, is_url, remove_scratch, scratch_for
 from repa_scale.data.check import balance, check_set
 from repa_scale.data.dataset import DataSet
-from repa_scale.data.ingest import Encoded, encode, ingest
+from repa_scale.data.ingest import Encoded, encode, ingest, parts_of
 from repa_scale.data.labels import parse_labels
 from repa_scale.data.manifest import MANIFEST
 from repa_scale.data.recipe import Recipe
 from repa_scale.data.sources import Source, open_source, take
-from repa_scale.errors import ConfigError, DataError, ExitCode
+from repa_scale.errors import ConfigError, DataError, ExitCode, UserError
 from repa_scale.features import FeatureNetworks, parse_network, plan_features
 from repa_scale.pictures import save_sheet
 from repa_scale.ranks import Ranks
@@ -32,7 +32,6 @@ SIZES = (4, 4096)  # pixels an axis
 SHOWN = 40  # samples on the picture
 LISTED = 5  # quarantined images named on the screen; the manifest lists all
 PROBLEMS = 50  # of a check, named on the screen
-BYTES_A_PIXEL = {"png": 2.0, "jpeg": 0.62}  # photographs at 256 px: 130 and 40 KB
 
 
 def main(argv: list[str]) -> int:
@@ -85,8 +84,8 @@ def _prepare(args: argparse.Namespace, ranks: Ranks) -> int:
             grid=args.token_grid, flip=args.flip, device=ranks.device,
         )  # fmt: skip
         recipe = replace(recipe, features=tuple(networks.stored))
-    if bucket and ranks.is_main:
-        bucket.claim({"source": source.fingerprint, "recipe": recipe.as_dict()})
+    if bucket:
+        _claim(bucket, {"source": source.fingerprint, "recipe": recipe.as_dict()}, ranks)
     manifest = _ingest(args, source, out, recipe, networks, ranks, bucket)
     if not ranks.is_main:
         return ExitCode.COMPLETED
@@ -106,12 +105,25 @@ def _ingest(args, source: Source, out: Path, recipe: Recipe, networks, ranks: Ra
     if not ranks.is_main:
         return ingest(source, out, recipe, args.workers, _nothing, features=networks, group=ranks, store=bucket)
     with _progress() as bar:
-        total = -(-len(source.items) // ranks.world_size)
+        total = sum(len(items) for _, items in parts_of(source, recipe, ranks))
         task = bar.add_task(f"preparing {source.name}", total=total)
         return ingest(
             source, out, recipe, args.workers, lambda count: bar.advance(task, count),
             features=networks, group=ranks, store=bucket,
         )  # fmt: skip
+
+
+def _claim(bucket: Bucket, job: dict[str, Any], ranks: Ranks) -> None:
+    """Rank 0 takes the URL for this job; where it is refused, every rank raises the same."""
+    refusal = None
+    if ranks.is_main:
+        try:
+            bucket.claim(job)
+        except UserError as error:
+            refusal = error
+    refusal = ranks.broadcast_object(refusal)
+    if refusal is not None:
+        raise refusal
 
 
 def _check_words(args: argparse.Namespace) -> None:
@@ -153,15 +165,14 @@ def _same_recipe(made: dict[str, Any], wanted: Recipe) -> bool:
 def _say_sizes(say: Callable[..., None], source: Source, recipe: Recipe) -> None:
     """Bytes an image and of the whole set, before anything is written."""
     count = len(source.items)
-    if recipe.layout == "keep":
-        known = [item.size for item in source.items if item.size > 0]
-        picture = sum(known) / len(known) if known else None
-    else:
-        picture = BYTES_A_PIXEL[recipe.format] * recipe.size**2
-    total = count * ((picture or 0) + recipe.feature_bytes)
+    picture = recipe.picture_bytes
+    known = [item.size for item in source.items if item.size > 0]
+    if recipe.layout == "keep" and known:
+        picture = sum(known) / len(known)
+    total = count * (picture + recipe.feature_bytes)
     parts = [f"{stored.kind} of {stored.network} {_size(stored.bytes)} ({stored.dtype})" for stored in recipe.features]
     twice = " each, and the same of the mirrored picture" if recipe.flip else ""
-    pictures = f"picture about {_size(picture)}" if picture else "picture as it is"
+    pictures = f"picture about {_size(picture)}"
     say(f"an image: {', '.join([pictures, *parts])}{twice}; {count} images: about {_size(total)}")
 
 

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from repa_scale.data import ingest
 from repa_scale.data.batches import open_dataset
+from repa_scale.data.recipe import Recipe
 from repa_scale.errors import DataError
 from repa_scale.prepare import main
 
@@ -70,7 +70,7 @@ def kill_after(out, start, parts, delay):
 
 def test_five_kills_change_no_byte(pictures, tmp_path, monkeypatch):
     """Parts of 60 pictures; the kills come at random moments of a growing set."""
-    monkeypatch.setattr(ingest, "PART_ITEMS", 60)
+    monkeypatch.setattr(Recipe, "part_items", 60)
     run(pictures, tmp_path / "whole", 1)
     out, chance = tmp_path / "killed", random.Random(0)
 
@@ -111,17 +111,18 @@ def cifar5000(data_folder, tmp_path_factory):
     return path
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(not FULL, reason="minutes: REPA_SCALE_FULL=1")
 def test_five_kills_of_the_command(cifar5000, tmp_path):
     """5,000 images, 2 workers, five kills of all processes at random times."""
-    command = [sys.executable, "-m", "repa_scale", "prepare", str(cifar5000), "--size", "128", "--out"]
+    command = [sys.executable, "-m", "repa_scale", "prepare", str(cifar5000), "--size", "256", "--out"]
     began = time.monotonic()
     subprocess.run([*command, str(tmp_path / "whole"), "--workers", "1"], check=True)
     seconds = time.monotonic() - began
     out, deaths = tmp_path / "killed", []
     while len(deaths) < KILLS:
         process = subprocess.Popen([*command, str(out), "--workers", "2"], start_new_session=True)
-        time.sleep(random.uniform(0.2, 0.5) * seconds)
+        time.sleep(random.uniform(0.12, 0.3) * seconds)
         assert process.poll() is None, "it was killed while it worked"
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()

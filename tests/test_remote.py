@@ -1,3 +1,4 @@
+# ruff: noqa: F401, F811 (fixtures are imported)
 """A set in a real S3-compatible store, read through a cache that is smaller than it."""
 
 import os
@@ -10,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from s3_server import s3_server  # noqa: F401
-from test_data import equal, first_batches, many_shards  # noqa: F401
+from s3_server import s3_server
+from test_data import equal, first_batches, many_shards
 
 from repa_scale.config import DataConfig
 from repa_scale.data.batches import Batches
@@ -23,13 +24,13 @@ STEPS = 1797 // 32
 
 
 @pytest.fixture(scope="module")
-def remote(s3_server, many_shards):  # noqa: F811
+def remote(s3_server, many_shards):
     s3_server.upload(many_shards, "sets", "digits")
     return "s3://sets/digits"
 
 
 @pytest.fixture
-def limit(many_shards):  # noqa: F811
+def limit(many_shards):
     """Two windows and one shard: less than the set."""
     largest = max(shard.bytes for shard in open_dataset(many_shards).reader.shards)
     return (2 * WINDOW + 1) * largest
@@ -54,7 +55,7 @@ def held(dataset):
     return [path for path in dataset.path.glob("*.mds") if path.exists()]
 
 
-def test_a_cold_small_cache_gives_the_same_batches(remote, many_shards, tmp_path, limit):  # noqa: F811
+def test_a_cold_small_cache_gives_the_same_batches(remote, many_shards, tmp_path, limit):
     wanted = first_batches(open_dataset(many_shards), STEPS, global_batch=32)
     dataset = opened(remote, tmp_path, limit)
     assert held(dataset) == []
@@ -76,7 +77,7 @@ def test_a_cold_small_cache_gives_the_same_batches(remote, many_shards, tmp_path
     assert len(fetcher_of(tmp_path)) == 1  # for the test and two workers
 
 
-def test_a_store_and_a_fetcher_that_die_in_the_middle(s3_server, remote, many_shards, tmp_path, limit):  # noqa: F811
+def test_a_store_and_a_fetcher_that_die_in_the_middle(s3_server, remote, many_shards, tmp_path, limit):
     wanted = first_batches(open_dataset(many_shards), STEPS, global_batch=32)
     source = Batches(opened(remote, tmp_path, limit), seed=0, global_batch=32, rank=0, world=1, workers=1, start_step=0)
     stream = iter(source)

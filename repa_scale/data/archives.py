@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path, PurePosixPath
 
 from repa_scale.data.labels import Labels
-from repa_scale.data.sources import ARCHIVES, IMAGES, Found
+from repa_scale.data.sources import ARCHIVES, IMAGES, Found, clean_name
 from repa_scale.errors import DataError
 
 SIDE_FILES = (".cls", ".json")  # of WebDataset: a sample is the files that share a name up to its first dot
@@ -58,7 +58,8 @@ def open_tar(path: Path, labels: Labels) -> Found:
         if _suffix(member.name) in IMAGES:
             label = _label(sides.get(_sample(member.name), {}), read, labels, path)
             # Samples are numbered anew in every tar of some sets, so the tar's name belongs to theirs.
-            files[f"{name}/{member.name}"] = (member, member.size, label)
+            full = f"{name}/{member.name}" if clean_name(member.name) else member.name
+            files[full] = (member, member.size, label)
     return Found(name, files, read, named=True, in_order=True)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from repa_scale import torchvision_fix
-from repa_scale.data.manifest import MANIFEST, write_file
+from repa_scale.data.manifest import MANIFEST, link, write_file
 from repa_scale.errors import DataError, UserError, reason, require
 
 WORK = ".prepare"
@@ -54,9 +54,11 @@ class Bucket:
         if scheme not in UPLOADERS:
             known = ", ".join(sorted(name for name in UPLOADERS if name and ":" not in name))
             raise UserError(f"--out {url}: {scheme}:// is no store that streaming writes to; known: {known}")
-        scratch.mkdir(parents=True, exist_ok=True)
+        # The uploader takes files from here, under the names that they shall have there.
+        self.staging = scratch / WORK / "upload"
+        self.staging.mkdir(parents=True, exist_ok=True)
         self._uploader = self._told(
-            lambda: CloudUploader.get((str(scratch), self.url), keep_local=True, retry=RETRIES, exist_ok=True)
+            lambda: CloudUploader.get((str(self.staging), self.url), keep_local=True, retry=RETRIES, exist_ok=True)
         )
         self._finished: set[int] | None = None
 
@@ -102,11 +104,7 @@ class Bucket:
         """Uploads a part's shards under their final names, then what is known of it; the local part is removed."""
         for count, row in enumerate(done["shards"]):
             name = f"shard.{number:05d}.{count:03d}.mds"
-            target = self.scratch / name
-            target.unlink(missing_ok=True)
-            os.replace(folder / row["raw_data"]["basename"], target)
-            self._upload(name)
-            target.unlink()
+            self._put_file(folder / row["raw_data"]["basename"], name)
             row["raw_data"]["basename"] = name
         self._put_json(f"{WORK}/part_{number:05d}.json", done)
         shutil.rmtree(folder)
@@ -115,9 +113,7 @@ class Bucket:
     def put_files(self, folder: Path, names: list[str]) -> None:
         """Uploads small files of the set, in order."""
         for name in names:
-            if folder != self.scratch:
-                shutil.copyfile(folder / name, self.scratch / name)
-            self._upload(name)
+            self._put_file(folder / name, name)
 
     def manifest(self) -> dict[str, Any] | None:
         """`dataset.json` of a finished set; None: it is not finished."""
@@ -125,14 +121,18 @@ class Bucket:
         return None if data is None else json.loads(data)
 
     def _put_json(self, name: str, value: dict[str, Any]) -> None:
-        path = self.scratch / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = self.scratch / WORK / f"{Path(name).stem}.upload"
         write_file(path, json.dumps(value).encode())
-        self._upload(name)
+        self._put_file(path, name)
         path.unlink()
 
-    def _upload(self, name: str) -> None:
+    def _put_file(self, path: Path, name: str) -> None:
+        """The file stays where it is until it has been uploaded, so that a failure costs nothing."""
+        staged = self.staging / name
+        staged.parent.mkdir(parents=True, exist_ok=True)
+        link(path, staged)
         self._told(lambda: self._uploader.upload_file(name))
+        staged.unlink()
 
     def _names(self, prefix: str) -> list[str]:
         """Names below the URL that begin with `prefix`."""

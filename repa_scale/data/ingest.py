@@ -1,8 +1,8 @@
 """From a source of images to a prepared set: decode, crop, encode, write MDS shards; interrupted, it goes on.
 
-The set grows in parts of a fixed number of source images under OUT/.prepare. A part counts once its done.json is
-written; the parts become the set when all are there, and dataset.json is written last. What a part holds depends on its
-images alone, so neither workers, ranks nor interruptions change a byte.
+The set grows in parts under OUT/.prepare, of so many source images as fill about one shard. A part counts once its
+done.json is written; the parts become the set when all are there, and dataset.json is written last. What a part holds
+depends on its images alone, so neither workers, ranks nor interruptions change a byte.
 """
 
 from __future__ import annotations
@@ -34,17 +34,14 @@ from PIL import Image, UnidentifiedImageError
 from repa_scale import __version__, torchvision_fix
 from repa_scale.data.crop import center_crop
 from repa_scale.data.decode import rgb
-from repa_scale.data.manifest import FORMAT_VERSION, MANIFEST, data_fingerprint, write_file
+from repa_scale.data.manifest import FORMAT_VERSION, MANIFEST, data_fingerprint, link, write_file
 from repa_scale.data.mds import read_index, verify_shard
-from repa_scale.data.recipe import Recipe
+from repa_scale.data.recipe import SHARD_BYTES, Recipe
 from repa_scale.data.sources import Item, Source
 from repa_scale.errors import DataError, UserError, require
 
 WORK = ".prepare"
-PART_ITEMS = 2048
-PART_ITEMS_WITH_FEATURES = 256  # their networks are slow: an interruption should cost little
 FEATURE_BATCH = 32  # images that go through the networks together
-SHARD_BYTES = 1 << 26
 IN_FLIGHT = 8  # images a worker has ahead
 LARGEST_FILE = 1 << 28  # bytes; an archive's member could unpack to any size
 PATIENCE = 600.0  # seconds for one picture
@@ -177,12 +174,10 @@ def _make_parts(
     store: Store | None,
 ) -> list[tuple[int, dict[str, Any]]]:
     """Makes this rank's parts that are not there yet; returns number and done.json of each."""
-    size = PART_ITEMS_WITH_FEATURES if recipe.features else PART_ITEMS
-    parts = list(enumerate(source.items[i : i + size] for i in range(0, len(source.items), size)))
     made = []
     with ProcessPoolExecutor(workers, get_context("fork"), initializer=_depend, initargs=(os.getpid(),)) as pool:
         writer = _PartWriter(source, recipe, pool, IN_FLIGHT * workers, progress, features)
-        for number, items in parts[group.rank :: group.world_size]:
+        for number, items in parts_of(source, recipe, group):
             folder = out / WORK / f"part_{number:05d}"
             done = store.finished(number) if store else None
             if done is None:
@@ -197,6 +192,13 @@ def _make_parts(
                 progress(len(items))
             made.append((number, done))
     return made
+
+
+def parts_of(source: Source, recipe: Recipe, group: Group) -> list[tuple[int, list[Item]]]:
+    """Numbers and images of the parts that this rank makes."""
+    size = recipe.part_items
+    starts = range(0, len(source.items), size)
+    return [(i // size, source.items[i : i + size]) for i in starts[group.rank :: group.world_size]]
 
 
 @contextmanager
@@ -383,7 +385,8 @@ def _assemble(
         for row in done["shards"]:
             if store is None:
                 name = f"shard.{len(rows):05d}.mds"
-                _link(out / WORK / f"part_{number:05d}" / row["raw_data"]["basename"], out / name)
+                # Not a rename: until dataset.json stands, the parts stay whole and the same command goes on from them.
+                link(out / WORK / f"part_{number:05d}" / row["raw_data"]["basename"], out / name)
                 row["raw_data"]["basename"] = name
             rows.append(row)
     if not rows:
@@ -410,15 +413,6 @@ def _assemble(
         store.put_files(out, ["index.json", MANIFEST])
     shutil.rmtree(out / WORK)
     return manifest
-
-
-def _link(origin: Path, target: Path) -> None:
-    """Links, not renames: until dataset.json stands, the parts stay whole and the same command goes on from them."""
-    target.unlink(missing_ok=True)
-    try:
-        os.link(origin, target)
-    except OSError:  # a file system without links
-        shutil.copyfile(origin, target)
 
 
 def _versions(recipe: Recipe) -> dict[str, str]:

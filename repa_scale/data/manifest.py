@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,15 @@ def write_file(path: Path, data: bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def link(origin: Path, target: Path) -> None:
+    """The file under a second name, which is replaced."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(origin, target)
+    except OSError:  # a file system without links
+        shutil.copyfile(origin, target)
 
 
 def sync_folder(folder: Path) -> None:

@@ -7,6 +7,10 @@ from typing import Any
 
 from repa_scale.data.features import Stored
 
+SHARD_BYTES = 1 << 26
+PART_ITEMS = (256, 2048)  # at least, for features are slow to make again; at most, for pictures may be tiny
+BYTES_A_PIXEL = {"png": 2.0, "jpeg": 0.62}  # of photographs at 256 px: 130 and 40 KB
+ORIGINAL_BYTES = 110_000  # of ImageNet's photographs, on average
 COLUMNS = {"label": "int", "id": "int", "name": "str"}
 
 
@@ -53,6 +57,17 @@ class Recipe:
         picture = "bytes" if self.layout == "keep" else self.format
         features = {name: "bytes" for stored in self.features for name in stored.columns(self.flip)}
         return {"image": picture, **COLUMNS, **features}
+
+    @property
+    def picture_bytes(self) -> float:
+        """Bytes of a picture, about."""
+        return ORIGINAL_BYTES if self.layout == "keep" else BYTES_A_PIXEL[self.format] * self.size**2
+
+    @property
+    def part_items(self) -> int:
+        """Source images that are prepared as one piece, which is about one shard."""
+        least, most = PART_ITEMS
+        return max(least, min(most, int(SHARD_BYTES / (self.picture_bytes + self.feature_bytes))))
 
     @property
     def feature_bytes(self) -> int:
