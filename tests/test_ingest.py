@@ -132,3 +132,15 @@ def test_five_kills_of_the_command(cifar5000, tmp_path):
     assert index_hash(out) == index_hash(tmp_path / "whole")
     dataset = open_dataset(out)
     assert len({dataset.reader[i]["id"] for i in range(dataset.count)}) == dataset.count == 5000
+
+
+def test_shards_are_mixed(tmp_path):
+    """The images of a class folder do not lie together, whatever the workers."""
+    from repa_scale.data import ingest as room
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(room, "SHARD_BYTES", 15_000)
+        assert main(["digits", "--out", str(tmp_path / "set"), "--size", "8", "--workers", "1"]) == 0
+    dataset = open_dataset(tmp_path / "set")
+    first = [dataset.reader[number]["label"] for number in range(dataset.reader.shards[0].samples)]
+    assert len(set(first)) == 10

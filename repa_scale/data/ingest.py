@@ -195,10 +195,15 @@ def _make_parts(
 
 
 def parts_of(source: Source, recipe: Recipe, group: Group) -> list[tuple[int, list[Item]]]:
-    """Numbers and images of the parts that this rank makes."""
+    """Numbers and images of the parts that this rank makes.
+
+    The images are mixed, by their ids: training shuffles within some neighbouring shards at a time (order.py), and
+    shards of one class each would give it batches of few classes.
+    """
     size = recipe.part_items
-    starts = range(0, len(source.items), size)
-    return [(i // size, source.items[i : i + size]) for i in starts[group.rank :: group.world_size]]
+    items = source.items if source.in_order else sorted(source.items, key=lambda item: item.id)
+    starts = range(0, len(items), size)
+    return [(i // size, items[i : i + size]) for i in starts[group.rank :: group.world_size]]
 
 
 @contextmanager

@@ -62,6 +62,7 @@ class Source:
         others: files passed over: no images by their names, or hidden.
         fingerprint: 16 hex digits of names and sizes, and of `essence`.
         essence: labels where they are not in the names, hashes where sizes are not known.
+        in_order: reading in another order than that of `items` would be slow.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Source:
     others: int
     fingerprint: str
     essence: tuple = ()
+    in_order: bool = False
 
 
 @dataclass(frozen=True)
@@ -218,7 +220,8 @@ def _settle(found: list[Found], labels: Labels) -> Source:
         raise DataError(
             f"{name} holds no images ({', '.join(sorted(IMAGES))}); give a folder of class folders of images"
         )
-    if not any(one.in_order for one in found):
+    in_order = any(one.in_order for one in found)
+    if not in_order:
         pictures.sort(key=lambda picture: picture.parts)
     spoken = labels.file is not None or any(picture.label is not None for picture in pictures)
     if spoken or labels.unlabelled:
@@ -238,7 +241,7 @@ def _settle(found: list[Found], labels: Labels) -> Source:
     essence = tuple(one.essence for one in found if one.essence)
     if spoken or labels.unlabelled:
         essence = (*essence, digest_of([class_names, numbers]))
-    return Source(name, class_names, items, read, others, _fingerprint(items, essence), essence)
+    return Source(name, class_names, items, read, others, _fingerprint(items, essence), essence, in_order)
 
 
 def _pictures(found: Found, number: int, several: bool) -> tuple[list[_Picture], int]:
