@@ -57,8 +57,8 @@ def test_a_tree_becomes_a_set(tree, tmp_path, capsys):
     dataset = open_dataset(out)
     assert (dataset.count, dataset.class_names, dataset.class_counts) == (6, ["cat", "dog"], [3, 3])
     rows = [dataset.reader[i] for i in range(6)]
-    assert [row["name"] for row in rows] == sorted(row["name"] for row in rows)
-    assert [row["label"] for row in rows] == [0, 0, 0, 1, 1, 1]
+    assert [row["id"] for row in rows] == sorted(row["id"] for row in rows), "mixed, by the hash of the name"
+    assert {row["name"].split("/")[0]: row["label"] for row in rows} == {"cat": 0, "dog": 1}
     for row in rows:
         wanted = np.asarray(center_crop(Image.open(tree / row["name"]).convert("RGB"), 16))
         assert np.array_equal(decode(row["image"]), wanted), row["name"]
@@ -85,8 +85,12 @@ def test_archives_are_the_same_set(tree, tmp_path, kind):
                 file.add(path, f"pictures/{path.relative_to(tree)}")
     prepare(archive, tmp_path / "of_archive")
     sets = [open_dataset(tmp_path / name) for name in ("of_tree", "of_archive")]
-    assert sets[0].fingerprint == sets[1].fingerprint
-    assert sets[0].reader[3]["id"] == sets[1].reader[3]["id"]
+    rows = [[one.reader[i] for i in range(one.count)] for one in sets]
+    if kind == "tar.gz":  # it is read forwards, and keeps its own order
+        rows[1].sort(key=lambda row: row["id"])
+    else:
+        assert sets[0].fingerprint == sets[1].fingerprint
+    assert rows[0] == rows[1]
 
 
 def test_streaming_reads_what_was_written(tree, tmp_path):
@@ -160,7 +164,7 @@ def test_names_of_an_archive_are_only_names(tmp_path, capsys):
             archive.addfile(member, io.BytesIO(buffer.getvalue()))
     assert prepare(tmp_path / "evil.tar", tmp_path / "set") == 0
     dataset = open_dataset(tmp_path / "set")
-    assert [dataset.reader[i]["name"] for i in range(3)] == ["cat/a.png", "dog/b.png", "dog/caf\\xe9.png"]
+    assert sorted(dataset.reader[i]["name"] for i in range(3)) == ["cat/a.png", "dog/b.png", "dog/caf\\xe9.png"]
     assert "passed over 2 files" in capsys.readouterr().out
     assert sorted(os.listdir(tmp_path)) == ["evil.tar", "set"]
 

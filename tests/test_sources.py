@@ -64,7 +64,7 @@ def prepared(source, out, *more):
     sources = source if isinstance(source, list) else [source]
     assert main([*map(str, sources), "--out", str(out), "--size", "16", "--workers", "1", *more]) == 0
     dataset = open_dataset(out)
-    return dataset, [dataset.reader[i] for i in range(dataset.count)]
+    return dataset, sorted((dataset.reader[i] for i in range(dataset.count)), key=lambda row: row["name"])
 
 
 def listing(folder):
