@@ -21,8 +21,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt launchers/local/setup.sh
 demo: setup  ## the main job on real data: two runs, samples, a comparison, an export (DEMO_SOURCE=folder/of/images)
 	PATH=$(abspath $(BIN)):$$PATH launchers/local/demo.sh $(DEMO_SOURCE)
 
-test: setup  ## the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+test: setup  ## the tests, but for those that take minutes each (pytest -m long)
+	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile
 
 lint: setup  ## format and lint
 	$(BIN)/ruff format --check .

@@ -101,6 +101,7 @@ class Engine:
         self.names = {name: parameter for name, parameter in self.module.named_parameters()}
         self._adam_states = [_adam_state(optimizer, flat) for flat in self._flats()]
         self.shards = [shard for shard in map(self._shard, self.names.items()) if shard is not None]
+        self._first_scalars = self.scalars()
 
     # The step.
 
@@ -133,9 +134,18 @@ class Engine:
     @torch.no_grad()
     def write(self, source: Source) -> None:
         """Sets the master weights from `source`, then the weights that the forward pass uses from them."""
+        self._free_gathered()
         for shard in self.shards:
             shard.master.copy_(source(shard.name, shard.shape, shard.start, shard.stop))
         self.refresh()
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Forgets what the optimiser has learned: moments, counters, loss scale."""
+        for shard in self.shards:
+            for moment in shard.moments.values():
+                moment.zero_()
+        self.set_scalars(self._first_scalars)
 
     @torch.no_grad()
     def refresh(self, values: list[Tensor] | None = None) -> None:

@@ -23,8 +23,9 @@ log = logging.getLogger("repa_scale")
 class RunFolder:
     """One attempt at a run: opened by `open_run`, closed by `close`."""
 
-    def __init__(self, path: Path, attempt: int) -> None:
+    def __init__(self, path: Path, attempt: int, before: str = "") -> None:
         self.path = path
+        self.before = before  # the state that the start before left
         self.attempt = attempt
         self.checkpoints = path / "checkpoints"
         self._status = {"state": "running", "step": 0, "attempt": attempt, "reason": ""}
@@ -42,6 +43,16 @@ class RunFolder:
         clean = {k: str(v) if isinstance(v, float) and v - v != 0.0 else v for k, v in row.items()}
         self._metrics.write(json.dumps(clean) + "\n")
         self._metrics.flush()
+
+    def incident(self, kind: str, **facts: object) -> None:
+        """Appends to incidents.jsonl what went wrong and was dealt with."""
+        log_incident(self.path, kind, attempt=self.attempt, **facts)
+
+    def next_attempt(self) -> None:
+        """After a rollback: rows of the same steps that come now count."""
+        self.attempt += 1
+        self._status["attempt"] = self.attempt
+        self._write_status()
 
     def progress(self, step: int) -> None:
         """Notes the step for the next heartbeat; costs nothing."""
@@ -92,7 +103,7 @@ def open_run(path: Path, identity: dict, config_yaml: str, resume: str) -> RunFo
     check_identity(path, identity)
     if resume == "never" and list_checkpoints(path / "checkpoints"):
         raise ConfigError(f"run.dir={path} holds a checkpoint and run.resume=never; choose another run.dir")
-    holder = _live_holder(path)
+    holder = live_holder(path)
     if holder:
         raise UserError(
             f"run.dir={path} is in use: process {holder['pid']} on {holder['host']} writes there; "
@@ -110,9 +121,13 @@ def open_run(path: Path, identity: dict, config_yaml: str, resume: str) -> RunFo
     hashes = f"# identity_hash: {identity['identity_hash']}\n# pair_id: {identity['pair_id']}\n"
     write_atomically(path / "config.yaml", hashes + config_yaml)
     _drop_torn_line(path / "metrics.jsonl")
-    for left_over in (path / "checkpoints").glob("*.tmp-*"):
-        shutil.rmtree(left_over, ignore_errors=True)
-    return RunFolder(path, _next_attempt(path))
+    for left_over in (*path.glob("*.tmp-*"), *(path / "checkpoints").glob("*.tmp-*")):
+        if left_over.is_dir():
+            shutil.rmtree(left_over, ignore_errors=True)
+        else:
+            left_over.unlink(missing_ok=True)
+    before = read_status(path)
+    return RunFolder(path, int(before.get("attempt", 0)) + 1, before.get("state", ""))
 
 
 def check_identity(path: Path, identity: dict) -> None:
@@ -146,11 +161,25 @@ def require_disk_space(path: Path, needed: int) -> None:
         )
 
 
+def log_incident(path: Path, kind: str, **facts: object) -> None:
+    """Appends one object to RUN/incidents.jsonl."""
+    with (path / "incidents.jsonl").open("a") as file:
+        file.write(json.dumps({"time": time.time(), "kind": kind, **facts}) + "\n")
+
+
 def log_to_folder(path: Path, rank: int) -> None:
     """Sends this rank's log to RUN/log/rank_N.log."""
     handler = logging.FileHandler(path / "log" / f"rank_{rank}.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
+
+
+def read_incidents(path: Path) -> list[dict]:
+    """The objects of incidents.jsonl, in their order."""
+    try:
+        return [json.loads(line) for line in (path / "incidents.jsonl").read_text().splitlines()]
+    except OSError:
+        return []
 
 
 def read_status(path: Path) -> dict:
@@ -174,10 +203,6 @@ def read_metrics(path: Path) -> list[dict]:
     return [rows[step] for step in sorted(rows)]
 
 
-def _next_attempt(path: Path) -> int:
-    return int(read_status(path).get("attempt", 0)) + 1
-
-
 def _drop_torn_line(path: Path) -> None:
     """Cuts off the last line where a kill left it without its end."""
     if not path.exists():
@@ -198,7 +223,7 @@ def _holder() -> dict:
     }
 
 
-def _live_holder(path: Path) -> dict | None:
+def live_holder(path: Path) -> dict | None:
     """The holder of the lease if it is alive: on this machine by its process, elsewhere by its heartbeat."""
     try:
         holder = json.loads((path / "lease.json").read_text())
