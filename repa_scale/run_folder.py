@@ -9,13 +9,15 @@ import platform
 import shutil
 import threading
 import time
+import uuid
+from contextlib import suppress
 from pathlib import Path
 
 from repa_scale.checkpoint import list_checkpoints, write_atomically
 from repa_scale.errors import ConfigError, UserError
 
 HEARTBEAT_SECONDS = 10.0
-DEAD_AFTER_SECONDS = 60.0  # a "running" status older than this belongs to a dead process
+WATCH_SECONDS = 25.0  # a lease of another machine that does not change for so long is dead, whatever the clocks say
 
 log = logging.getLogger("repa_scale")
 
@@ -31,6 +33,8 @@ class RunFolder:
         self._status = {"state": "running", "step": 0, "attempt": attempt, "reason": ""}
         self._write_lock = threading.Lock()
         self._closed = threading.Event()
+        self._token = str(_read_lease(path).get("token"))
+        self._taken_by = ""
         self._metrics = (path / "metrics.jsonl").open("a")
         self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
@@ -55,7 +59,13 @@ class RunFolder:
         self._write_status()
 
     def progress(self, step: int) -> None:
-        """Notes the step for the next heartbeat; costs nothing."""
+        """Notes the step for the next heartbeat; costs nothing.
+
+        Raises:
+            RuntimeError: another job has taken the folder, since this process was taken for dead.
+        """
+        if self._taken_by:
+            raise RuntimeError(f"{self.path} was taken over by {self._taken_by}; this process stops writing there")
         self._status["step"] = step
 
     def close(self, state: str, step: int, reason: str = "") -> None:
@@ -66,9 +76,12 @@ class RunFolder:
         self._metrics.flush()
         os.fsync(self._metrics.fileno())
         self._metrics.close()
+        if self._taken_by:
+            return
         self._status.update(state=state, step=step, reason=reason)
         self._write_status()
-        (self.path / "lease.json").unlink(missing_ok=True)
+        if _read_lease(self.path).get("token") == self._token:
+            (self.path / "lease.json").unlink(missing_ok=True)
 
     def fail(self, reason: str) -> None:
         """Closes the folder of a run that an error ended, unless it is closed already."""
@@ -78,8 +91,12 @@ class RunFolder:
     def _beat(self) -> None:
         while not self._closed.wait(HEARTBEAT_SECONDS):
             try:
+                holder = _read_lease(self.path)
+                if holder and holder.get("token") != self._token:
+                    self._taken_by = f"process {holder.get('pid')} on {holder.get('host')}"
+                    return
                 self._write_status()
-                write_atomically(self.path / "lease.json", json.dumps(_holder()))
+                write_atomically(self.path / "lease.json", json.dumps(_holder(self._token)))
             except OSError as error:  # a full disk must not end the run here; the save will say so
                 log.warning("heartbeat: %s", error)
 
@@ -103,7 +120,7 @@ def open_run(path: Path, identity: dict, config_yaml: str, resume: str) -> RunFo
     check_identity(path, identity)
     if resume == "never" and list_checkpoints(path / "checkpoints"):
         raise ConfigError(f"run.dir={path} holds a checkpoint and run.resume=never; choose another run.dir")
-    holder = live_holder(path)
+    holder, lease = live_holder(path), _read_lease(path)
     if holder:
         raise UserError(
             f"run.dir={path} is in use: process {holder['pid']} on {holder['host']} writes there; "
@@ -111,7 +128,7 @@ def open_run(path: Path, identity: dict, config_yaml: str, resume: str) -> RunFo
         )
     try:
         path.mkdir(parents=True, exist_ok=True)
-        _take_lease(path)
+        _take_lease(path, lease)
     except OSError as error:
         raise ConfigError(f"run.dir={path} cannot be written ({error.strerror}); choose another folder") from None
     (path / "stop").unlink(missing_ok=True)
@@ -213,46 +230,80 @@ def _drop_torn_line(path: Path) -> None:
             file.truncate(data.rfind(b"\n") + 1)
 
 
-def _holder() -> dict:
+def _holder(token: str) -> dict:
     return {
+        "token": token,
+        "beat": time.monotonic_ns(),  # changes with every heartbeat; its value means nothing
         "host": platform.node(),
         "pid": os.getpid(),
         "process_start": _process_start(os.getpid()),
         "boot_id": _boot_id(),
+        "pid_namespace": _pid_namespace(),
         "updated": time.time(),
     }
 
 
 def live_holder(path: Path) -> dict | None:
-    """The holder of the lease if it is alive: on this machine by its process, elsewhere by its heartbeat."""
+    """The holder of the lease if it is alive: seen from the same machine by its process, elsewhere by its heartbeat.
+
+    No clock of another machine is trusted: a lease whose content does not change while we watch it is dead.
+    """
+    holder = _read_lease(path)
+    if not holder:
+        return None
+    here = (platform.node(), _boot_id(), _pid_namespace())
+    if (holder.get("host"), holder.get("boot_id"), holder.get("pid_namespace", here[2])) == here:
+        pid = holder.get("pid", 0)
+        alive = _process_start(pid) == holder.get("process_start") is not None
+        return holder if alive and pid != os.getpid() else None
+    log.warning("run.dir=%s: waiting %.0f s for a sign of life of %s", path, WATCH_SECONDS, holder.get("host"))
+    until = time.monotonic() + WATCH_SECONDS
+    while time.monotonic() < until:
+        time.sleep(0.25)
+        now = _read_lease(path)
+        if not now:
+            return None
+        if now != holder:
+            return now
+    return None
+
+
+def _read_lease(path: Path) -> dict:
+    """lease.json, or {} where there is none that can be read."""
     try:
         holder = json.loads((path / "lease.json").read_text())
     except (OSError, ValueError):
-        return None
-    if (holder["host"], holder["boot_id"]) == (platform.node(), _boot_id()):
-        alive = _process_start(holder["pid"]) == holder["process_start"] is not None
-    else:
-        alive = time.time() - holder["updated"] < DEAD_AFTER_SECONDS
-    return holder if alive and holder["pid"] != os.getpid() else None
+        return {}
+    return holder if isinstance(holder, dict) else {}
 
 
-def _take_lease(path: Path) -> None:
-    """Creates lease.json where there is none; takes a dead holder's away first. Of two that try, one fails."""
-    lease = path / "lease.json"
-    mine = path / f"lease.json.new-{os.getpid()}"
-    mine.write_text(json.dumps(_holder()))
+def _pid_namespace() -> str:
+    """Where process ids have their meaning: containers of one machine have one each."""
     try:
-        try:
-            os.link(mine, lease)
-        except FileExistsError:
-            dead = path / f"lease.json.dead-{os.getpid()}"
-            lease.rename(dead)
-            dead.unlink()
-            os.link(mine, lease)
-    except FileExistsError:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _take_lease(path: Path, dead: dict) -> None:
+    """Creates lease.json where there is none; takes that of the `dead` holder away first. Of several that try, one
+    succeeds. Process ids are not in the names: two containers may have the same."""
+    lease = path / "lease.json"
+    token = uuid.uuid4().hex
+    mine, aside = path / f"lease.json.new-{token}", path / f"lease.json.dead-{token}"
+    mine.write_text(json.dumps(_holder(token)))
+    try:
+        with suppress(FileNotFoundError):
+            if lease.exists():
+                lease.rename(aside)
+                if json.loads(aside.read_text() or "{}") != dead:  # another has just taken it: give it back
+                    os.link(aside, lease)
+        os.link(mine, lease)
+    except (FileExistsError, ValueError):
         raise UserError(f"run.dir={path} was taken by another process at the same moment; try again") from None
     finally:
         mine.unlink(missing_ok=True)
+        aside.unlink(missing_ok=True)
 
 
 def _process_start(pid: int) -> int | None:
