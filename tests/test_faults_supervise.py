@@ -254,7 +254,7 @@ def test_a_holder_taken_for_dead_stops_writing(tmp_path):
     taken = {**json.loads((tmp_path / "run" / "lease.json").read_text()), "token": "another", "host": "node-b"}
     (tmp_path / "run" / "lease.json").write_text(json.dumps(taken))
     until = time.monotonic() + 2 * run_folder.HEARTBEAT_SECONDS
-    with pytest.raises(RuntimeError, match="taken over by process .* on node-b"):
+    with pytest.raises(RuntimeError, match=r"taken over by process .* on node-b"):
         while time.monotonic() < until:
             run.progress(3)
             time.sleep(0.1)
