@@ -35,7 +35,8 @@ class RunFolder:
         self._closed = threading.Event()
         self._token = str(_read_lease(path).get("token"))
         self._taken_by = ""
-        self._metrics = (path / "metrics.jsonl").open("a")
+        self._metrics = (path / "metrics.jsonl").open("ab", buffering=0)
+        self._unwritten = b""  # of metrics.jsonl, while the disk is full
         self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def start(self) -> None:
@@ -43,14 +44,27 @@ class RunFolder:
         self._heart.start()
 
     def record(self, row: dict) -> None:
-        """Appends one row to metrics.jsonl; what is not finite is written as the strings "nan", "inf", "-inf"."""
+        """Appends one row to metrics.jsonl; what is not finite is written as the strings "nan", "inf", "-inf".
+
+        A full disk ends no run here: the rows wait in memory for the next call.
+        """
         clean = {k: str(v) if isinstance(v, float) and v - v != 0.0 else v for k, v in row.items()}
-        self._metrics.write(json.dumps(clean) + "\n")
-        self._metrics.flush()
+        self._unwritten += json.dumps(clean).encode() + b"\n"
+        self._write_rows()
+
+    def _write_rows(self) -> None:
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._metrics.write(self._unwritten) :]
+        except OSError as error:
+            log.error("metrics.jsonl: %s; %d bytes of it wait in memory", error, len(self._unwritten))
 
     def incident(self, kind: str, **facts: object) -> None:
         """Appends to incidents.jsonl what went wrong and was dealt with."""
-        log_incident(self.path, kind, attempt=self.attempt, **facts)
+        try:
+            log_incident(self.path, kind, attempt=self.attempt, **facts)
+        except OSError as error:
+            log.error("incidents.jsonl: %s", error)
 
     def next_attempt(self) -> None:
         """After a rollback: rows of the same steps that come now count."""
@@ -73,13 +87,16 @@ class RunFolder:
         self._closed.set()
         if self._heart.is_alive():
             self._heart.join()
-        self._metrics.flush()
+        self._write_rows()
         os.fsync(self._metrics.fileno())
         self._metrics.close()
         if self._taken_by:
             return
         self._status.update(state=state, step=step, reason=reason)
-        self._write_status()
+        try:
+            self._write_status()
+        except OSError as error:
+            log.error("status.json does not say %s (%s): %s", state, reason, error)
         if _read_lease(self.path).get("token") == self._token:
             (self.path / "lease.json").unlink(missing_ok=True)
 

@@ -136,35 +136,42 @@ def small_disk(folder: Path, size: str):
         subprocess.run(["umount", "-l", folder], check=True)
 
 
+def wait_for_text(launch, text, after=""):
+    """Until the run has printed `text`, behind `after`."""
+    until = time.monotonic() + 60
+    while text not in (launch.output.read_text().partition(after)[2] if after else launch.output.read_text()):
+        assert launch.process.poll() is None and time.monotonic() < until, launch.text()
+        time.sleep(0.1)
+
+
 @pytest.mark.parametrize("room", ["comes back", "never"])
 def test_a_full_disk_in_a_save(words, undisturbed, tmp_path, room):
     """Training goes on, the save is tried again; a run that cannot save its end says so and does not succeed."""
     with small_disk(tmp_path / "disk", "64m") as disk:
         run = disk / "run"
-        (disk / "ballast").write_bytes(b"\0" * (1 << 20))
-        launch = Launch([*words, "train.steps=40" if room == "comes back" else "train.steps=12"], run)
+        launch = Launch([*words, "train.steps=100000" if room == "comes back" else "train.steps=40"], run)
         launch.wait_for_step(5)
-        with (disk / "ballast").open("wb") as ballast, pytest.raises(OSError):
+        with (disk / "ballast").open("wb", buffering=0) as ballast, pytest.raises(OSError, match="No space left"):
             while True:
                 ballast.write(b"\0" * 4096)
-                ballast.flush()
         if room == "never":
             assert launch.wait() != 0
-            status = read_status(run)
-            # The status cannot be written either, so the disk keeps the last one that could.
-            assert status["state"] in ("failed", "running")
-            assert "No space left" in launch.text()
+            # The status cannot be written either, so the disk keeps the last one that could; it is not "completed".
+            assert read_status(run)["state"] in ("failed", "running")
+            assert "No space left" in launch.text() and "could not be written in 4 tries" in launch.text()
             (disk / "ballast").unlink()
-            assert exact(train(words, run)) == exact(undisturbed[1])
+            assert exact(train([*words, "train.steps=40"], run))[:12] == exact(undisturbed[1])
         else:
-            until = time.monotonic() + 60
-            while "could not be written" not in (run / "log" / "rank_0.log").read_text():
-                assert launch.process.poll() is None and time.monotonic() < until
-                time.sleep(0.1)
+            wait_for_text(launch, "could not be written")
             (disk / "ballast").unlink()
-            rows = launch.succeed()
+            wait_for_text(launch, "trying again")
+            wait_for_text(launch, "saved", after="trying again")
+            (run / "stop").touch()
+            launch.wait()
+            assert read_status(run)["state"] == "preempted"
+            rows = read_metrics(run)
+            assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)), "rows waited for the disk"
             assert exact(rows)[:12] == exact(undisturbed[1])
-            assert "trying again" in launch.text()
         assert main(["checkpoints", str(run), "--verify"]) == 0
 
 
