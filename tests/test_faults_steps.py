@@ -128,7 +128,9 @@ def test_too_many_rollbacks_are_divergence(words, tmp_path):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("policy", ["log", "skip", "rollback"])
+@pytest.mark.parametrize(
+    "policy", [pytest.param("log", marks=pytest.mark.long), "skip", pytest.param("rollback", marks=pytest.mark.long)]
+)
 def test_a_poisoned_batch(words, tmp_path, policy):
     """Its loss is ten times the usual."""
     steps = ["train.steps=26", "train.checkpoint_every=10", f"health.on_spike={policy}"]

@@ -176,12 +176,12 @@ def test_a_checkpoint_set_aside_keeps_its_reason(tmp_path):
 
 
 def test_which_checkpoints_stay(tmp_path):
-    for step in range(1, 8):
+    for step in range(1, 9):
         written(tmp_path, step)
-    names = [f"step_{step:08d}" for step in range(1, 8)]
+    names = [f"step_{step:08d}" for step in range(1, 9)]
     policy = CheckpointConfig(keep_last=2, keep_every=3)
     assert prune(tmp_path, CheckpointConfig(), names) == [] and prune(tmp_path, policy, ["step_00000001"]) == []
-    assert prune(tmp_path, policy, names, coming=1) == [names[i] for i in (0, 1, 3, 4)]
-    assert [path.name for path in list_checkpoints(tmp_path)] == [names[i] for i in (2, 5, 6)]
-    assert prune(tmp_path, CheckpointConfig(keep_last=1), [names[6]], coming=1) == [names[2], names[5]]
-    assert prune(tmp_path, CheckpointConfig(keep_last=1), [names[6]], coming=1) == [], "the only verified one stays"
+    assert prune(tmp_path, policy, names, coming=1) == [names[i] for i in (0, 1, 3, 4, 6)]
+    assert [path.name for path in list_checkpoints(tmp_path)] == [names[i] for i in (2, 5, 7)]
+    assert prune(tmp_path, CheckpointConfig(keep_last=1), [names[7]], coming=1) == [names[2], names[5]]
+    assert prune(tmp_path, CheckpointConfig(keep_last=1), [names[7]], coming=1) == [], "the only verified one stays"

@@ -89,6 +89,11 @@ def stop_self(step):
     at_step(step, lambda _: os.kill(os.getpid(), signal.SIGSTOP), "stop_self")
 
 
+def save_again(step):
+    """Saves the state as it was taken up, before step `step` changes it."""
+    at_step(step, lambda trainer: trainer.save(step - 1, wait=True), "save_again")
+
+
 def crash(step):
     def action(_):
         raise RuntimeError("laid by the test")
