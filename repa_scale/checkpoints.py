@@ -92,8 +92,8 @@ def _line(path: Path, contents: bool) -> Line:
 
 
 def _prune(args: argparse.Namespace, folder: Path, lines: list[Line]) -> None:
+    from repa_scale.lease import live_holder
     from repa_scale.retention import prune
-    from repa_scale.run_folder import live_holder
 
     if holder := live_holder(args.run):
         raise UserError(

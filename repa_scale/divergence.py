@@ -52,8 +52,9 @@ class Judge:
         self._row.clear()
         if spikes and self.settings.on_spike == "rollback":
             return "spike", Window(batch, batch, step)
-        self._history["loss"].append(loss)
-        self._history["grad_norm"].append(grad_norm)
+        for name, value in (("loss", loss), ("grad_norm", grad_norm)):
+            if math.isfinite(value):
+                self._history[name].append(value)
         return "spike" if spikes else "", None
 
     def state(self) -> dict:

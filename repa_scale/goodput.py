@@ -36,14 +36,16 @@ class Goodput:
         self.add("startup", age)
         if last and before in ("running", "failed"):
             self.add("restart", max(0.0, time.time() - age - last["time"]))
-        self._mark = time.perf_counter()
+        self._mark: float | None = time.perf_counter()
 
     def add(self, cause: str, seconds: float) -> None:
         self.seconds[lost(cause)] += seconds
 
     def first_step_begins(self) -> None:
-        """Everything since the object was made was start-up."""
-        self.add("startup", time.perf_counter() - self._mark)
+        """Everything since the object was made was start-up; after a rollback there is none."""
+        if self._mark is not None:
+            self.add("startup", time.perf_counter() - self._mark)
+            self._mark = None
 
     def step(self, step: int, seconds: float, waited: float) -> None:
         """A step took `seconds`, of which it `waited` for its batch."""

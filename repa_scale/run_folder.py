@@ -5,19 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import os
-import platform
 import shutil
 import threading
 import time
-import uuid
-from contextlib import suppress
 from pathlib import Path
 
 from repa_scale.checkpoint import list_checkpoints, write_atomically
 from repa_scale.errors import ConfigError, UserError
+from repa_scale.lease import holder_now, look, read_lease, take_lease
 
 HEARTBEAT_SECONDS = 10.0
-WATCH_SECONDS = 25.0  # a lease of another machine that does not change for so long is dead, whatever the clocks say
 
 log = logging.getLogger("repa_scale")
 
@@ -33,7 +30,7 @@ class RunFolder:
         self._status = {"state": "running", "step": 0, "attempt": attempt, "reason": ""}
         self._write_lock = threading.Lock()
         self._closed = threading.Event()
-        self._token = str(_read_lease(path).get("token"))
+        self._token = str(read_lease(path).get("token"))
         self._taken_by = ""
         self._metrics = (path / "metrics.jsonl").open("ab", buffering=0)
         self._unwritten = b""  # of metrics.jsonl, while the disk is full
@@ -48,8 +45,7 @@ class RunFolder:
 
         A full disk ends no run here: the rows wait in memory for the next call.
         """
-        clean = {k: str(v) if isinstance(v, float) and v - v != 0.0 else v for k, v in row.items()}
-        self._unwritten += json.dumps(clean).encode() + b"\n"
+        self._unwritten += _json_line(row).encode()
         self._write_rows()
 
     def _write_rows(self) -> None:
@@ -97,7 +93,7 @@ class RunFolder:
             self._write_status()
         except OSError as error:
             log.error("status.json does not say %s (%s): %s", state, reason, error)
-        if _read_lease(self.path).get("token") == self._token:
+        if read_lease(self.path).get("token") == self._token:
             (self.path / "lease.json").unlink(missing_ok=True)
 
     def fail(self, reason: str) -> None:
@@ -108,12 +104,12 @@ class RunFolder:
     def _beat(self) -> None:
         while not self._closed.wait(HEARTBEAT_SECONDS):
             try:
-                holder = _read_lease(self.path)
+                holder = read_lease(self.path)
                 if holder and holder.get("token") != self._token:
                     self._taken_by = f"process {holder.get('pid')} on {holder.get('host')}"
                     return
                 self._write_status()
-                write_atomically(self.path / "lease.json", json.dumps(_holder(self._token)))
+                write_atomically(self.path / "lease.json", json.dumps(holder_now(self._token)))
             except OSError as error:  # a full disk must not end the run here; the save will say so
                 log.warning("heartbeat: %s", error)
 
@@ -137,15 +133,15 @@ def open_run(path: Path, identity: dict, config_yaml: str, resume: str) -> RunFo
     check_identity(path, identity)
     if resume == "never" and list_checkpoints(path / "checkpoints"):
         raise ConfigError(f"run.dir={path} holds a checkpoint and run.resume=never; choose another run.dir")
-    holder, lease = live_holder(path), _read_lease(path)
-    if holder:
+    holder, alive = look(path)
+    if alive:
         raise UserError(
             f"run.dir={path} is in use: process {holder['pid']} on {holder['host']} writes there; "
             "wait for it, or stop it with: touch " + str(path / "stop")
         )
     try:
         path.mkdir(parents=True, exist_ok=True)
-        _take_lease(path, lease)
+        take_lease(path, holder)
     except OSError as error:
         raise ConfigError(f"run.dir={path} cannot be written ({error.strerror}); choose another folder") from None
     (path / "stop").unlink(missing_ok=True)
@@ -198,7 +194,11 @@ def require_disk_space(path: Path, needed: int) -> None:
 def log_incident(path: Path, kind: str, **facts: object) -> None:
     """Appends one object to RUN/incidents.jsonl."""
     with (path / "incidents.jsonl").open("a") as file:
-        file.write(json.dumps({"time": time.time(), "kind": kind, **facts}) + "\n")
+        file.write(_json_line({"time": time.time(), "kind": kind, **facts}))
+
+
+def _json_line(facts: dict) -> str:
+    return json.dumps({k: str(v) if isinstance(v, float) and v - v != 0.0 else v for k, v in facts.items()}) + "\n"
 
 
 def log_to_folder(path: Path, rank: int) -> None:
@@ -245,94 +245,3 @@ def _drop_torn_line(path: Path) -> None:
         data = file.read()
         if data and not data.endswith(b"\n"):
             file.truncate(data.rfind(b"\n") + 1)
-
-
-def _holder(token: str) -> dict:
-    return {
-        "token": token,
-        "beat": time.monotonic_ns(),  # changes with every heartbeat; its value means nothing
-        "host": platform.node(),
-        "pid": os.getpid(),
-        "process_start": _process_start(os.getpid()),
-        "boot_id": _boot_id(),
-        "pid_namespace": _pid_namespace(),
-        "updated": time.time(),
-    }
-
-
-def live_holder(path: Path) -> dict | None:
-    """The holder of the lease if it is alive: seen from the same machine by its process, elsewhere by its heartbeat.
-
-    No clock of another machine is trusted: a lease whose content does not change while we watch it is dead.
-    """
-    holder = _read_lease(path)
-    if not holder:
-        return None
-    here = (platform.node(), _boot_id(), _pid_namespace())
-    if (holder.get("host"), holder.get("boot_id"), holder.get("pid_namespace", here[2])) == here:
-        pid = holder.get("pid", 0)
-        alive = _process_start(pid) == holder.get("process_start") is not None
-        return holder if alive and pid != os.getpid() else None
-    log.warning("run.dir=%s: waiting %.0f s for a sign of life of %s", path, WATCH_SECONDS, holder.get("host"))
-    until = time.monotonic() + WATCH_SECONDS
-    while time.monotonic() < until:
-        time.sleep(0.25)
-        now = _read_lease(path)
-        if not now:
-            return None
-        if now != holder:
-            return now
-    return None
-
-
-def _read_lease(path: Path) -> dict:
-    """lease.json, or {} where there is none that can be read."""
-    try:
-        holder = json.loads((path / "lease.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return holder if isinstance(holder, dict) else {}
-
-
-def _pid_namespace() -> str:
-    """Where process ids have their meaning: containers of one machine have one each."""
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
-
-
-def _take_lease(path: Path, dead: dict) -> None:
-    """Creates lease.json where there is none; takes that of the `dead` holder away first. Of several that try, one
-    succeeds. Process ids are not in the names: two containers may have the same."""
-    lease = path / "lease.json"
-    token = uuid.uuid4().hex
-    mine, aside = path / f"lease.json.new-{token}", path / f"lease.json.dead-{token}"
-    mine.write_text(json.dumps(_holder(token)))
-    try:
-        with suppress(FileNotFoundError):
-            if lease.exists():
-                lease.rename(aside)
-                if json.loads(aside.read_text() or "{}") != dead:  # another has just taken it: give it back
-                    os.link(aside, lease)
-        os.link(mine, lease)
-    except (FileExistsError, ValueError):
-        raise UserError(f"run.dir={path} was taken by another process at the same moment; try again") from None
-    finally:
-        mine.unlink(missing_ok=True)
-        aside.unlink(missing_ok=True)
-
-
-def _process_start(pid: int) -> int | None:
-    """When a process of this machine started, in clock ticks since boot; None: there is no such process."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19])
-    except (OSError, ValueError, IndexError):
-        return None
-
-
-def _boot_id() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""

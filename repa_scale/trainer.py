@@ -165,6 +165,7 @@ class Trainer:
             self._incident("diverged", step=window.step, rollbacks=len(self.left_out.noted))
             return None
         self.watchdog.enter("rollback", window.step)
+        began = time.perf_counter()
         if self.run is not None:
             self.run.next_attempt()
         self.attempt += 1
@@ -172,6 +173,8 @@ class Trainer:
         done = self.resume(before=window.step)
         self._incident("rollback", step=window.step, to_step=done, left_out=[window.first, window.last])
         self._means, self._since_log = {}, []
+        if self.goodput is not None:
+            self.goodput.add("restart", time.perf_counter() - began)
         return done
 
     def batches(self, done: int) -> Iterator[tuple[int, Batch]]:
@@ -354,7 +357,8 @@ class Trainer:
         self.watchdog.enter("save", step)
         began = time.perf_counter()
         facts = describe_state(self.engine, self.ranks, step, self.config, self.identity, self.judge.state())
-        facts["metrics"] = {name: math.fsum(values) / len(values) for name, values in self._means.items()}
+        means = {name: math.fsum(values) / len(values) for name, values in self._means.items()}
+        facts["metrics"] = {name: mean for name, mean in means.items() if math.isfinite(mean)}
         self._means = {}
         self.saver.save(step, self.attempt, facts, wait)
         if self.goodput is not None:

@@ -116,7 +116,7 @@ def test_a_run_that_crashed_once_is_completed(words, tmp_path):
 @pytest.mark.parametrize("launcher", ["alone", "torchrun"])
 def test_wrong_input_is_not_tried_again(words, tmp_path, launcher):
     """Torchrun makes 1 of every code; it is seen all the same."""
-    supervised = Supervised([*words, "train.global_batch=7"], tmp_path / "run", processes=1 + (launcher == "torchrun"))
+    supervised = Supervised([*words, "train.precision=fp8"], tmp_path / "run", processes=1 + (launcher == "torchrun"))
     code = supervised.wait()
     assert code == 64, supervised.text()
 
