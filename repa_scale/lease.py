@@ -59,12 +59,16 @@ def look(path: Path) -> tuple[dict, bool]:
 
 
 def read_lease(path: Path) -> dict:
-    """lease.json, or {} where there is none that can be read."""
+    """The lease of a run folder, or {} where there is none that can be read."""
+    return _read(path / "lease.json")
+
+
+def _read(file: Path) -> dict:
     try:
-        holder = json.loads((path / "lease.json").read_text())
+        lease = json.loads(file.read_text())
     except (OSError, ValueError):
         return {}
-    return holder if isinstance(holder, dict) else {}
+    return lease if isinstance(lease, dict) else {}
 
 
 def pid_namespace() -> str:
@@ -86,10 +90,10 @@ def take_lease(path: Path, dead: dict) -> None:
         with suppress(FileNotFoundError):
             if lease.exists():
                 lease.rename(aside)
-                if json.loads(aside.read_text() or "{}") != dead:  # another has just taken it: give it back
+                if _read(aside) != dead:  # another has just taken it: give it back
                     os.link(aside, lease)
         os.link(mine, lease)
-    except (FileExistsError, ValueError):
+    except FileExistsError:
         raise UserError(f"run.dir={path} was taken by another process at the same moment; try again") from None
     finally:
         mine.unlink(missing_ok=True)

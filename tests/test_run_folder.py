@@ -76,6 +76,8 @@ def test_a_live_holder_is_respected_and_a_dead_one_is_not(tmp_path):
         holder.kill()
         holder.wait()
     opened(tmp_path / "run").close("completed", 1)
+    (tmp_path / "run" / "lease.json").write_text('{"host": "torn')
+    opened(tmp_path / "run").close("completed", 1)
 
 
 def test_a_disk_without_room_is_refused_before_training(tmp_path):
