@@ -151,7 +151,10 @@ def test_a_full_disk_in_a_save(words, undisturbed, tmp_path, room):
     """Training goes on, the save is tried again; a run that cannot save its end says so and does not succeed."""
     with small_disk(tmp_path / "disk", "64m") as disk:
         run = disk / "run"
-        launch = Launch([*words, "train.steps=100000" if room == "comes back" else "train.steps=40"], run)
+        steps = ["train.steps=40"]
+        if room == "comes back":  # slow steps, so that the save is tried again before the next one is due
+            steps = ["train.steps=100000", "train.checkpoint_every=40"]
+        launch = Launch([*words, *steps], run, FAULTS=json.dumps([["slow_rank", "all", 0.2]]))
         launch.wait_for_step(5)
         with (disk / "ballast").open("wb", buffering=0) as ballast, pytest.raises(OSError, match="No space left"):
             while True:
@@ -162,7 +165,7 @@ def test_a_full_disk_in_a_save(words, undisturbed, tmp_path, room):
             assert read_status(run)["state"] in ("failed", "running")
             assert "No space left" in launch.text() and "could not be written in 4 tries" in launch.text()
             (disk / "ballast").unlink()
-            assert exact(train([*words, "train.steps=40"], run))[:12] == exact(undisturbed[1])
+            assert exact(train([*words, *steps], run))[:12] == exact(undisturbed[1])
         else:
             wait_for_text(launch, "could not be written")
             (disk / "ballast").unlink()
