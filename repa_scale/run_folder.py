@@ -205,6 +205,7 @@ def log_to_folder(path: Path, rank: int) -> None:
     """Sends this rank's log to RUN/log/rank_N.log."""
     handler = logging.FileHandler(path / "log" / f"rank_{rank}.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.handleError = lambda record: None  # on a full disk: the console has it too
     log.addHandler(handler)
 
 

@@ -149,14 +149,13 @@ def wait_for_text(launch, text, after=""):
 @pytest.mark.parametrize("room", ["comes back", pytest.param("never", marks=pytest.mark.long)])
 def test_a_full_disk_in_a_save(words, undisturbed, tmp_path, room):
     """Training goes on, the save is tried again; a run that cannot save its end says so and does not succeed."""
-    with small_disk(tmp_path / "disk", "64m") as disk:
-        run = disk / "run"
+    with small_disk(tmp_path / "run", "64m") as run:  # what the processes print goes to another disk
         steps = ["train.steps=40"]
         if room == "comes back":  # slow steps, so that the save is tried again before the next one is due
             steps = ["train.steps=100000", "train.checkpoint_every=40"]
         launch = Launch([*words, *steps], run, FAULTS=json.dumps([["slow_rank", "all", 0.2]]))
         launch.wait_for_step(5)
-        with (disk / "ballast").open("wb", buffering=0) as ballast, pytest.raises(OSError, match="No space left"):
+        with (run / "ballast").open("wb", buffering=0) as ballast, pytest.raises(OSError, match="No space left"):
             while True:
                 ballast.write(b"\0" * 4096)
         if room == "never":
@@ -164,11 +163,11 @@ def test_a_full_disk_in_a_save(words, undisturbed, tmp_path, room):
             # The status cannot be written either, so the disk keeps the last one that could; it is not "completed".
             assert read_status(run)["state"] in ("failed", "running")
             assert "No space left" in launch.text() and "could not be written in 4 tries" in launch.text()
-            (disk / "ballast").unlink()
+            (run / "ballast").unlink()
             assert exact(train([*words, *steps], run))[:12] == exact(undisturbed[1])
         else:
             wait_for_text(launch, "could not be written")
-            (disk / "ballast").unlink()
+            (run / "ballast").unlink()
             wait_for_text(launch, "trying again")
             wait_for_text(launch, "saved", after="trying again")
             (run / "stop").touch()
