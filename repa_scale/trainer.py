@@ -42,8 +42,6 @@ from repa_scale.tracking import Tracker
 from repa_scale.watchdog import Watchdog
 from repa_scale.windows import Window, batch_number
 
-METRICS = {"denoising": "denoising_loss"}  # what metrics.jsonl calls them
-
 log = logging.getLogger("repa_scale")
 
 
@@ -169,8 +167,9 @@ class Trainer:
         if self.run is not None:
             self.run.next_attempt()
         self.attempt += 1
-        self.left_out.add(window, "not finite or a spike", write=self.ranks.is_main)
+        # In this order: a start that dies in between meets the window once more, and nothing is left out twice.
         done = self.resume(before=window.step)
+        self.left_out.add(window, "not finite or a spike", write=self.ranks.is_main)
         self._incident("rollback", step=window.step, to_step=done, left_out=[window.first, window.last])
         self._means, self._since_log = {}, []
         if self.goodput is not None:
@@ -274,7 +273,7 @@ class Trainer:
         if save_failed:
             self.saver.retry()
         for name, mean in values.items():
-            self._means.setdefault(METRICS.get(name, name), []).append(mean)
+            self._means.setdefault(name, []).append(mean)
         window = self._judge(step, values["loss"], outcome, batch)
         self._seconds = {**self.clock.read(), "data_wait": self._waited}
         seconds = {f"{phase}_seconds": value for phase, value in self._seconds.items()}
@@ -293,9 +292,7 @@ class Trainer:
             "attempt": self.run.attempt,
             "time": time.time(),
             "samples": step * self.config.train.global_batch,
-            "loss": values.pop("loss"),
-            "denoising_loss": values.pop("denoising"),
-            **_alignment_row(values),
+            **_loss_row(values),
             "grad_norm": outcome.grad_norm,
             "learning_rate": learning_rate(self.config.optimizer, step),
             **means,
@@ -358,7 +355,8 @@ class Trainer:
         began = time.perf_counter()
         facts = describe_state(self.engine, self.ranks, step, self.config, self.identity, self.judge.state())
         means = {name: math.fsum(values) / len(values) for name, values in self._means.items()}
-        facts["metrics"] = {name: mean for name, mean in means.items() if math.isfinite(mean)}
+        row = _loss_row(means) if means else {}
+        facts["metrics"] = {name: mean for name, mean in row.items() if math.isfinite(mean)}
         self._means = {}
         self.saver.save(step, self.attempt, facts, wait)
         if self.goodput is not None:
@@ -404,6 +402,12 @@ class Trainer:
         names = sorted({name for step in steps for name in step})
         means = {name: math.fsum(step.get(name, 0.0) for step in steps) / len(steps) for name in names}
         return {"images_per_second": self.config.train.global_batch / means["step_seconds"], **means}
+
+
+def _loss_row(values: dict[str, float]) -> dict[str, float]:
+    """Losses under the names of metrics.jsonl."""
+    terms = {name: value for name, value in values.items() if name.startswith("alignment/")}
+    return {"loss": values["loss"], "denoising_loss": values["denoising"], **_alignment_row(terms)}
 
 
 def _alignment_row(values: dict[str, float]) -> dict[str, float]:
