@@ -162,10 +162,10 @@ def test_twenty_random_kills(words, tmp_path):
             if len(ranks) < 2 or last_step(run) >= 195:
                 time.sleep(0.1)
                 continue
-            # From the first moments of a start to some steps into it; the steps still to do bound how far.
-            before = last_step(run)
-            until = time.monotonic() + moments.uniform(0.0, 12.0)
-            while time.monotonic() < until and last_step(run) < before + 10 and supervised.process.poll() is None:
+            # By turns some steps into a start, and at any moment of it, from the first import on.
+            far, before = moments.randint(1, 14), last_step(run)
+            until = time.monotonic() + (120.0 if kills % 2 == 0 else moments.uniform(0.0, 10.0))
+            while time.monotonic() < until and last_step(run) < before + far and supervised.process.poll() is None:
                 time.sleep(0.02)
             victims = probe.ranks()
             if victims:
