@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import sys
@@ -262,7 +263,7 @@ def _import_deepspeed(ranks: Ranks):
     """Imports DeepSpeed, quietly, and without the shared-memory op that it would otherwise compile on a CPU."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed)\..*")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    deepspeed = _import_without_its_extras()
+    deepspeed = import_deepspeed()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if ranks.device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -273,10 +274,12 @@ def _import_deepspeed(ranks: Ranks):
     return deepspeed
 
 
-def _import_without_its_extras():
+@functools.cache
+def import_deepspeed():
     """DeepSpeed without what only its autotuner and its Muon use: MLflow, and torch's compiler as an import-time cost.
 
-    Both would be loaded on every rank before its first step.
+    Both would be loaded on every rank before its first step. MLflow is hidden meanwhile, so no other thread may import
+    it at the same time: call this before the tracker's thread starts.
     """
     before = sys.modules.get("mlflow")
     sys.modules["mlflow"] = None  # an import inside raises ImportError, which the autotuner is ready for

@@ -90,9 +90,11 @@ def run(config) -> ExitCode:
 
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    from repa_scale.engine import import_deepspeed
     from repa_scale.tracking import open_tracker
     from repa_scale.trainer import Trainer
 
+    import_deepspeed()
     tracker = None
     try:
         if ranks.is_main:
