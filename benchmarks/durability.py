@@ -51,10 +51,12 @@ def main() -> None:
     parser.add_argument("--model", default="SiT-S/2")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", default=None, help="where to write; by default the system's temporary folder")
-    parser.add_argument("--part", choices=("save", "load", "universal"), help=argparse.SUPPRESS)
+    parser.add_argument("--part", choices=("save", "load"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part:
-        print("RESULT " + json.dumps({"save": save, "load": load}[args.part](args)), flush=True)
+        result = {"save": save, "load": load}[args.part](args)
+        if result is not None:  # rank 0
+            print("RESULT " + json.dumps(result), flush=True)
         return
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="durability-") as folder:
         args.folder = folder
@@ -75,7 +77,7 @@ def start(args: argparse.Namespace, part: str, processes: int) -> dict:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, env=environment)
     for line in done.stdout.splitlines():
-        if line.startswith("RESULT ") and line != "RESULT null":
+        if line.startswith("RESULT "):
             return json.loads(line.removeprefix("RESULT "))
     raise SystemExit(f"part {part} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
 

@@ -90,8 +90,6 @@ class Saver:
         self.settle()
         if self._job is not None:
             log.error("the checkpoint of step %d was never written; step %d takes its place", self._job.step, step)
-        if self.ranks.is_main:
-            self._make_room()
         self._number += 1
         self._job = Job(step, attempt, facts, self._copy(), self._number)
         self._start()
@@ -121,8 +119,6 @@ class Saver:
         """Writes the copy of the failed save again; all ranks call it together."""
         self._thread.join()
         log.warning("trying again to write the checkpoint of step %d", self._job.step)
-        if self.ranks.is_main:
-            self._make_room()
         self._start()
 
     def settle(self) -> None:
@@ -169,6 +165,7 @@ class Saver:
         key = f"repa_scale/save/{job.number}/{job.tries}"
         temporary = self.folder / f"{step_folder(job.step)}.tmp-{job.attempt}"
         try:
+            self._make_room(key)
             temporary.mkdir(parents=True, exist_ok=True)
             entry = write_pieces(temporary, self.ranks.rank, self.ranks.world_size, job.pieces)
         except Exception as error:  # a full disk, a lost mount: rank 0 must hear of it
@@ -195,18 +192,29 @@ class Saver:
         log.info("saved %s", self.folder / step_folder(job.step))
 
     def _entry(self, key: str, rank: int) -> dict:
-        """What `rank` says of its file. It is polled: a store that waits serves no other thread."""
-        name, until = f"{key}/{rank}", time.monotonic() + PATIENCE_SECONDS
-        while not self._store.check([name]):
-            if time.monotonic() > until:
-                raise OSError(f"rank {rank} did not finish its file in {PATIENCE_SECONDS:.0f} s")
-            time.sleep(POLL_SECONDS)
-        entry = json.loads(self._store.get(name))
-        self._store.delete_key(name)
+        """What `rank` says of its file."""
+        self._wait_for(f"{key}/{rank}", f"rank {rank} did not finish its file")
+        entry = json.loads(self._store.get(f"{key}/{rank}"))
+        self._store.delete_key(f"{key}/{rank}")
         return entry
 
-    def _make_room(self) -> None:
+    def _make_room(self, key: str) -> None:
+        """Rank 0 deletes what need not stay; no rank writes before."""
+        if not self.policy.keep_last:
+            return
+        if not self.ranks.is_main:
+            self._wait_for(f"{key}/room", "rank 0 did not make room")
+            return
         try:
             prune(self.folder, self.policy, self.verified, coming=1)
         except OSError as error:
             log.warning("old checkpoints could not be deleted: %s", error)
+        self._store.set(f"{key}/room", "made")
+
+    def _wait_for(self, name: str, otherwise: str) -> None:
+        """Polls: a store that waits for one thread serves no other."""
+        until = time.monotonic() + PATIENCE_SECONDS
+        while not self._store.check([name]):
+            if time.monotonic() > until:
+                raise OSError(f"{otherwise} in {PATIENCE_SECONDS:.0f} s")
+            time.sleep(POLL_SECONDS)
