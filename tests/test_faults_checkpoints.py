@@ -114,6 +114,7 @@ def test_damage_of_any_file_is_found_and_the_older_checkpoint_taken(words, undis
     assert (run / "checkpoints" / "latest").read_text() == "step_00000012\n"
 
 
+@pytest.mark.long
 def test_none_whole_is_one_clear_line_each_time(words, undisturbed, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(undisturbed[0], run)
@@ -200,6 +201,7 @@ def test_other_numbers_of_ranks(words, undisturbed, tmp_path, first, second):
     assert_close(rows, wanted, 1e-5)
 
 
+@pytest.mark.long
 def test_retention_makes_room_and_keeps_the_only_verified_one(words, tmp_path, capsys):
     run = tmp_path / "run"
     keep = ["train.checkpoint_every=2", "checkpoint.keep_last=2", "checkpoint.keep_every=6", "checkpoint.best=loss"]

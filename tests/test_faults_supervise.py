@@ -113,7 +113,7 @@ def test_a_run_that_crashed_once_is_completed(words, tmp_path):
     )
 
 
-@pytest.mark.parametrize("launcher", ["alone", "torchrun"])
+@pytest.mark.parametrize("launcher", [pytest.param("alone", marks=pytest.mark.long), "torchrun"])
 def test_wrong_input_is_not_tried_again(words, tmp_path, launcher):
     """Torchrun makes 1 of every code; it is seen all the same."""
     supervised = Supervised([*words, "train.precision=fp8"], tmp_path / "run", processes=1 + (launcher == "torchrun"))
@@ -201,6 +201,7 @@ def namespaces():
         pytest.skip("namespaces need root")
 
 
+@pytest.mark.long
 def test_two_nodes_start_on_one_folder(words, tmp_path, namespaces):
     """Process ids of another node mean nothing here, and its clock may be an hour off: the heartbeat decides."""
     run = tmp_path / "run"
@@ -233,6 +234,7 @@ def test_two_nodes_start_on_one_folder(words, tmp_path, namespaces):
                 process.wait()
 
 
+@pytest.mark.long
 def test_two_starts_at_once_on_one_machine(words, tmp_path):
     run = tmp_path / "run"
     starts = [Launch([*words, "train.steps=40"], run, 1, "alone") for _ in range(2)]
