@@ -21,15 +21,15 @@ $(VENV)/.ready: pyproject.toml constraints.txt launchers/local/setup.sh
 demo: setup  ## the main job on real data: two runs, samples, a comparison, an export (DEMO_SOURCE=folder/of/images)
 	PATH=$(abspath $(BIN)):$$PATH launchers/local/demo.sh $(DEMO_SOURCE)
 
-test: setup  ## the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+test: setup  ## the tests, but for those that take minutes each (pytest -m long)
+	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile
 
 lint: setup  ## format and lint
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
 bench: setup  ## every benchmark that runs without a GPU; rows go to benchmarks/results
-	for script in rng loader data step_overhead zero_memory kernels; do $(BIN)/python -m benchmarks.$$script || exit 1; done
+	for script in rng loader data step_overhead zero_memory kernels durability; do $(BIN)/python -m benchmarks.$$script || exit 1; done
 
 gpu:  ## every GPU test and benchmark, in pieces of under 10 minutes, with torch, timm, triton and DeepSpeed alone
 	benchmarks/gpu.sh all

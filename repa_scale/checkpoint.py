@@ -6,10 +6,12 @@ No pickle, no DeepSpeed: any number of ranks, and any program with safetensors, 
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 import os
+import re
 import shutil
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,14 +19,17 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from repa_scale.checksums import ALGORITHMS, BLOCK, algorithm_of, checksum_bytes, checksum_file, default_algorithm
 from repa_scale.errors import DataError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no checksum of the manifest itself
 KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
 MANIFEST = "manifest.json"
+QUARANTINE = "quarantine"
+REASON = "reason.json"  # in a folder in quarantine
+SEAL = re.compile(rb'"checksum": "([\w-]+:\w+)"')  # the first one in a manifest is the manifest's own
 
 
 @dataclass(frozen=True)
@@ -47,27 +52,47 @@ def rank_file(rank: int, world_size: int) -> str:
 
 
 def write_pieces(folder: Path, rank: int, world_size: int, pieces: Sequence[Piece]) -> dict:
-    """Writes this rank's file, durably, and returns its entry for the manifest."""
+    """Writes this rank's safetensors file, durably, and returns its entry for the manifest.
+
+    The file is written and hashed in one pass over the tensors, so it needs no memory of its own.
+
+    Raises:
+        OSError: the disk is full or gone.
+    """
     path = folder / rank_file(rank, world_size)
-    tensors = {
-        f"{kind}/{piece.name}": value.detach().to("cpu", torch.float32, copy=True)
-        for piece in pieces
-        for kind, value in piece.tensors.items()
-        if piece.stop > piece.start
-    }
-    save_file(tensors, path)
-    with path.open("rb") as file:
+    tensors = {f"{kind}/{p.name}": value for p in pieces if p.stop > p.start for kind, value in p.tensors.items()}
+    header, offset = {}, 0
+    for name, value in tensors.items():
+        size = 4 * value.numel()
+        header[name] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    algorithm = default_algorithm()
+    digest = ALGORITHMS[algorithm]()
+    with path.open("wb", buffering=0) as file:
+        for data in (len(text).to_bytes(8, "little"), text, *map(_bytes_of, tensors.values())):
+            view = memoryview(data)
+            for start in range(0, len(view), BLOCK):
+                block = view[start : start + BLOCK]
+                digest.update(block)
+                while block:
+                    block = block[file.write(block) :]
         os.fsync(file.fileno())
     return {
         "file": path.name,
-        "bytes": path.stat().st_size,
-        "checksum": checksum(path),
+        "bytes": 8 + len(text) + offset,
+        "checksum": f"{algorithm}:{digest.hexdigest()}",
         "pieces": [(p.name, list(p.shape), p.start, p.stop) for p in pieces],
     }
 
 
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.detach().to("cpu", torch.float32).contiguous().numpy()).cast("B")
+
+
 def write_manifest(folder: Path, entries: Iterable[dict], facts: dict) -> None:
-    """Writes the manifest from the ranks' entries; the checkpoint counts from then on.
+    """Writes the manifest from the ranks' entries, sealed with a checksum of its own.
 
     Args:
         facts: step, samples, identity, world_size, versions, scalars: plain JSON.
@@ -80,18 +105,47 @@ def write_manifest(folder: Path, entries: Iterable[dict], facts: dict) -> None:
             tensor = tensors.setdefault(name, {"shape": shape, "dtype": "float32", "parts": []})
             if stop > start:
                 tensor["parts"].append({"file": entry["file"], "start": start, "stop": stop})
-    manifest = {"format_version": FORMAT_VERSION, **facts, "kinds": list(KINDS), "files": files, "tensors": tensors}
-    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1))
-    _sync_folder(folder)
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "checksum": "",
+        **facts,
+        "kinds": list(KINDS),
+        "files": files,
+        "tensors": tensors,
+    }
+    text = json.dumps(manifest, indent=1)
+    seal = checksum_bytes(text.encode(), default_algorithm())
+    write_atomically(folder / MANIFEST, text.replace('"checksum": ""', f'"checksum": "{seal}"', 1))
+    sync_folder(folder)
 
 
 def publish(temporary: Path, final: Path) -> None:
     """Gives a complete checkpoint its name and makes it the newest: `latest` is replaced in one step."""
-    if final.exists():  # a broken one of the same step, or one that a rolled-back attempt wrote
-        shutil.rmtree(final)
-    temporary.rename(final)
-    _sync_folder(final.parent)
+    if final.exists():  # one that a rolled-back attempt wrote: aside first, so that no moment sees half of it
+        aside = final.with_name(f"{final.name}.tmp-replaced")
+        shutil.rmtree(aside, ignore_errors=True)
+        final.rename(aside)
+        temporary.rename(final)
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        temporary.rename(final)
+    sync_folder(final.parent)
     write_atomically(final.parent / "latest", final.name + "\n")
+
+
+def quarantine(folder: Path, reason: str) -> Path:
+    """Moves a checkpoint to `quarantine/` beside it, with the reason; returns where it lies now."""
+    home = folder.parent / QUARANTINE
+    home.mkdir(exist_ok=True)
+    target = home / folder.name
+    number = 1
+    while target.exists():
+        number += 1
+        target = home / f"{folder.name}-{number}"
+    folder.rename(target)
+    sync_folder(folder.parent)
+    write_atomically(target / REASON, json.dumps({"reason": reason, "time": time.time()}))
+    return target
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -104,15 +158,14 @@ def write_atomically(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def checksum(path: Path) -> str:
-    """`"sha256:..."` of a file. The name of the algorithm stands in it, so that a later version may use another."""
-    with path.open("rb") as file:
-        return "sha256:" + _sha256(file)
-
-
 def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints that have a manifest, oldest first."""
-    return sorted(p for p in folder.glob("step_*") if p.name[5:].isdigit() and (p / MANIFEST).is_file())
+    return [path for path in list_folders(folder) if (path / MANIFEST).is_file()]
+
+
+def list_folders(folder: Path) -> list[Path]:
+    """Folders with a checkpoint's name, whole or not, oldest first."""
+    return sorted(p for p in folder.glob("step_*") if p.name[5:].isdigit() and p.is_dir())
 
 
 class CheckpointReader:
@@ -129,16 +182,21 @@ class CheckpointReader:
         self.folder = Path(folder)
         path = self.folder / MANIFEST
         try:
-            self.manifest: dict = json.loads(path.read_text())
+            text = path.read_bytes()
+            self.manifest: dict = json.loads(text)
             version = self.manifest["format_version"]
         except FileNotFoundError:
             raise DataError(
                 f"{self.folder} has no {MANIFEST}, so it is not a complete checkpoint; name RUN/checkpoints/step_N"
             ) from None
+        except OSError as error:
+            raise DataError(f"{path} cannot be read ({error.strerror}); use an older checkpoint") from None
         except (ValueError, KeyError, TypeError):
             raise DataError(f"{path} is damaged; use an older checkpoint") from None
-        if version != FORMAT_VERSION:
+        if version not in (1, FORMAT_VERSION):
             raise DataError(f"{path} has format_version {version}; this version of repa_scale reads {FORMAT_VERSION}")
+        if (version != 1 or "checksum" in self.manifest) and not _seal_holds(text):
+            raise DataError(f"{path} does not have its own checksum, so it is damaged; use an older checkpoint")
 
     @property
     def step(self) -> int:
@@ -152,17 +210,25 @@ class CheckpointReader:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.manifest["tensors"][name]["shape"])
 
-    def problems(self) -> list[str]:
-        """What is wrong with the files: missing, of another size, of another checksum. Empty: verified."""
+    def problems(self, contents: bool = True, share: int = 0, of: int = 1) -> list[str]:
+        """What is wrong with the files: missing, of another size, of another checksum. Empty: nothing.
+
+        Args:
+            contents: read the files and compare checksums; False: sizes alone.
+            share, of: look at part `share` of `of` parts of the files.
+        """
         found = []
-        for name, entry in self.manifest["files"].items():
+        for name, entry in list(self.manifest["files"].items())[share::of]:
             path = self.folder / name
-            if Path(name).name != name or not path.is_file():
-                found.append(f"{path} is missing")
-            elif path.stat().st_size != entry["bytes"]:
-                found.append(f"{path} has {path.stat().st_size} bytes instead of {entry['bytes']}")
-            elif checksum(path) != entry["checksum"]:
-                found.append(f"{path} does not have the checksum of the manifest")
+            try:
+                if Path(name).name != name or not path.is_file():
+                    found.append(f"{path} is missing")
+                elif path.stat().st_size != entry["bytes"]:
+                    found.append(f"{path} has {path.stat().st_size} bytes instead of {entry['bytes']}")
+                elif contents and checksum_file(path, algorithm_of(entry["checksum"])) != entry["checksum"]:
+                    found.append(f"{path} does not have the checksum of the manifest")
+            except (OSError, DataError) as error:
+                found.append(f"{path} cannot be read ({error})")
         return found
 
     def verify(self) -> None:
@@ -173,9 +239,7 @@ class CheckpointReader:
     def read(self, kind: str, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """The elements [start, stop) of a flattened parameter, whichever ranks wrote them. (stop - start,) fp32."""
         tensor = self.manifest["tensors"][name]
-        total = 1
-        for size in tensor["shape"]:
-            total *= size
+        total = math.prod(tensor["shape"])
         stop = total if stop is None else stop
         out = torch.empty(stop - start)
         filled = 0
@@ -207,7 +271,8 @@ class CheckpointReader:
         return self._open_files[name]
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Makes renames in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -215,8 +280,11 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _sha256(file) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
+def _seal_holds(text: bytes) -> bool:
+    """Whether the bytes of a manifest have the checksum that they name, taken with an empty one in its place."""
+    found = SEAL.search(text)
+    if found is None:
+        return False
+    wanted = found[1].decode()
+    bare = text[: found.start()] + b'"checksum": ""' + text[found.end() :]
+    return checksum_bytes(bare, algorithm_of(wanted)) == wanted

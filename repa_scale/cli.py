@@ -20,6 +20,8 @@ class Verb(NamedTuple):
 VERBS = {
     "prepare": Verb("repa_scale.prepare", "images (a folder, zip or tar of class folders) -> a data set of shards"),
     "train": Verb("repa_scale.train", "train a run: one process, or many under deepspeed, torchrun, Slurm, Kubernetes"),
+    "supervise": Verb("repa_scale.supervise", "start a training command again until its run is done"),
+    "checkpoints": Verb("repa_scale.checkpoints", "list, verify and prune a run's checkpoints"),
     "sample": Verb("repa_scale.sample", "a checkpoint or an export -> images"),
     "evaluate": Verb("repa_scale.evaluate", "samples -> do they show the labels they were asked for?"),
     "compare": Verb("repa_scale.compare", "MLflow runs -> the report of REPA against its baseline"),

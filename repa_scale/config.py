@@ -120,6 +120,29 @@ class TrainConfig:
 
 
 @dataclass
+class CheckpointConfig:
+    """How checkpoints are written, and which stay."""
+
+    asynchronous: bool = True  # training waits for the copy to host memory alone; false: until the files are written
+    keep_last: int = 0  # the newest N stay, the others are deleted; 0: all stay
+    keep_every: int = 0  # those at multiples of N steps stay as well; 0: none
+    best: str = ""  # the one with the least `loss`, say, stays as well; empty: none
+
+
+@dataclass
+class HealthConfig:
+    """What a run does about gradients that are not finite, spikes, hangs and the wish to stop."""
+
+    max_skips: int = 3  # steps in a row that are not applied; one more rolls back and leaves their batches out
+    max_rollbacks: int = 3  # one more ends the run with code 65
+    on_spike: str = "log"  # log | skip (costs a reduction a step) | rollback
+    spike_deviations: float = 10.0  # robust deviations above the median of the last steps; 0: off
+    leave_out: str = ""  # batches never to train on, such as "12-15,40"
+    hang_seconds: float = 300.0  # the least deadline of a phase; 0: no watchdog
+    grace_seconds: float = 600.0  # from the wish to stop to the end of the save
+
+
+@dataclass
 class SampleConfig:
     """How the sample grids are drawn."""
 
@@ -162,6 +185,8 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)

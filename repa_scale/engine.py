@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import sys
@@ -101,6 +102,7 @@ class Engine:
         self.names = {name: parameter for name, parameter in self.module.named_parameters()}
         self._adam_states = [_adam_state(optimizer, flat) for flat in self._flats()]
         self.shards = [shard for shard in map(self._shard, self.names.items()) if shard is not None]
+        self._first_scalars = self.scalars()
 
     # The step.
 
@@ -133,9 +135,18 @@ class Engine:
     @torch.no_grad()
     def write(self, source: Source) -> None:
         """Sets the master weights from `source`, then the weights that the forward pass uses from them."""
+        self._free_gathered()
         for shard in self.shards:
             shard.master.copy_(source(shard.name, shard.shape, shard.start, shard.stop))
         self.refresh()
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Forgets what the optimiser has learned: moments, counters, loss scale."""
+        for shard in self.shards:
+            for moment in shard.moments.values():
+                moment.zero_()
+        self.set_scalars(self._first_scalars)
 
     @torch.no_grad()
     def refresh(self, values: list[Tensor] | None = None) -> None:
@@ -250,7 +261,7 @@ class Engine:
 
 def _import_deepspeed(ranks: Ranks):
     """Imports DeepSpeed, quietly, and without the shared-memory op that it would otherwise compile on a CPU."""
-    deepspeed = load_deepspeed()
+    deepspeed = import_deepspeed()
     if ranks.device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # DeepSpeed asks for AMX instructions; torch computes fp16 on any CPU, slowly but right.
@@ -260,10 +271,12 @@ def _import_deepspeed(ranks: Ranks):
     return deepspeed
 
 
-def load_deepspeed():
+@functools.cache
+def import_deepspeed():
     """DeepSpeed without what only its autotuner and its Muon use: MLflow, and torch's compiler as an import-time cost.
 
-    Both would be loaded on every rank before its first step. To be called before a thread may import MLflow.
+    Both would be loaded on every rank before its first step. MLflow is hidden meanwhile, so no other thread may import
+    it at the same time: call this before the tracker's thread starts.
     """
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed)\..*")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

@@ -19,6 +19,9 @@ class ExitCode(IntEnum):
     PREEMPTED = 75  # saved; start the same command again to go on
 
 
+OUTCOME_VARIABLE = "REPA_SCALE_OUTCOMES"  # a folder of `repa-scale supervise`, where each rank says how it ended
+
+
 class UserError(Exception):
     """A mistake that the user can mend. Its text is one line: the value, the rule, the remedy."""
 

@@ -40,6 +40,8 @@ def identity_keys(config: Config, data_fingerprint: str) -> dict[str, Any]:
         keys["data.flip"] = True
     for room in ("model", "latents", "interpolant", "optimizer"):
         keys |= _flat(room, getattr(config, room))
+    if config.health.leave_out:  # named only where it changes something, so that other runs keep their hash
+        keys["health.leave_out"] = config.health.leave_out
     if config.method != "baseline":
         for name, term in config.alignment.items():
             keys |= _flat(f"alignment.{name}", term)

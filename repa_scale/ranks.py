@@ -89,6 +89,15 @@ class Ranks:
         dist.all_gather_object(boxes, value)
         return boxes
 
+    def store(self) -> dist.Store:
+        """The key-value store of the process group, over a connection of its own: for threads that must not disturb
+        the training's collectives."""
+        store = dist.distributed_c10d._get_default_store()
+        try:
+            return store.clone()
+        except (AttributeError, RuntimeError, NotImplementedError):  # a torch or a kind of store without it
+            return store
+
 
 def pick_device(device: str, local_rank: int = 0) -> torch.device:
     """`auto`: the local rank's GPU where there is one, else the CPU.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import platform
 import shutil
 import threading
 import time
@@ -13,9 +12,9 @@ from pathlib import Path
 
 from repa_scale.checkpoint import list_checkpoints, write_atomically
 from repa_scale.errors import ConfigError, UserError
+from repa_scale.lease import holder_now, look, read_lease, take_lease
 
 HEARTBEAT_SECONDS = 10.0
-DEAD_AFTER_SECONDS = 60.0  # a "running" status older than this belongs to a dead process
 
 log = logging.getLogger("repa_scale")
 
@@ -23,14 +22,18 @@ log = logging.getLogger("repa_scale")
 class RunFolder:
     """One attempt at a run: opened by `open_run`, closed by `close`."""
 
-    def __init__(self, path: Path, attempt: int) -> None:
+    def __init__(self, path: Path, attempt: int, before: str = "") -> None:
         self.path = path
+        self.before = before  # the state that the start before left
         self.attempt = attempt
         self.checkpoints = path / "checkpoints"
         self._status = {"state": "running", "step": 0, "attempt": attempt, "reason": ""}
         self._write_lock = threading.Lock()
         self._closed = threading.Event()
-        self._metrics = (path / "metrics.jsonl").open("a")
+        self._token = str(read_lease(path).get("token"))
+        self._taken_by = ""
+        self._metrics = (path / "metrics.jsonl").open("ab", buffering=0)
+        self._unwritten = b""  # of metrics.jsonl, while the disk is full
         self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def start(self) -> None:
@@ -38,10 +41,32 @@ class RunFolder:
         self._heart.start()
 
     def record(self, row: dict) -> None:
-        """Appends one row to metrics.jsonl; what is not finite is written as the strings "nan", "inf", "-inf"."""
-        clean = {k: str(v) if isinstance(v, float) and v - v != 0.0 else v for k, v in row.items()}
-        self._metrics.write(json.dumps(clean) + "\n")
-        self._metrics.flush()
+        """Appends one row to metrics.jsonl; what is not finite is written as the strings "nan", "inf", "-inf".
+
+        A full disk ends no run here: the rows wait in memory for the next call.
+        """
+        self._unwritten += _json_line(row).encode()
+        self._write_rows()
+
+    def _write_rows(self) -> None:
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._metrics.write(self._unwritten) :]
+        except OSError as error:
+            log.error("metrics.jsonl: %s; %d bytes of it wait in memory", error, len(self._unwritten))
+
+    def incident(self, kind: str, **facts: object) -> None:
+        """Appends to incidents.jsonl what went wrong and was dealt with."""
+        try:
+            log_incident(self.path, kind, attempt=self.attempt, **facts)
+        except OSError as error:
+            log.error("incidents.jsonl: %s", error)
+
+    def next_attempt(self) -> None:
+        """After a rollback: rows of the same steps that come now count."""
+        self.attempt += 1
+        self._status["attempt"] = self.attempt
+        self._write_status()
 
     def quarantine(self, row: dict) -> None:
         """Appends one bad sample to quarantine.jsonl, durably."""
@@ -57,7 +82,13 @@ class RunFolder:
         return {json.loads(line)["number"] for line in path.read_text().splitlines()} if path.exists() else set()
 
     def progress(self, step: int) -> None:
-        """Notes the step for the next heartbeat; costs nothing."""
+        """Notes the step for the next heartbeat; costs nothing.
+
+        Raises:
+            RuntimeError: another job has taken the folder, since this process was taken for dead.
+        """
+        if self._taken_by:
+            raise RuntimeError(f"{self.path} was taken over by {self._taken_by}; this process stops writing there")
         self._status["step"] = step
 
     def close(self, state: str, step: int, reason: str = "") -> None:
@@ -65,12 +96,18 @@ class RunFolder:
         self._closed.set()
         if self._heart.is_alive():
             self._heart.join()
-        self._metrics.flush()
+        self._write_rows()
         os.fsync(self._metrics.fileno())
         self._metrics.close()
+        if self._taken_by:
+            return
         self._status.update(state=state, step=step, reason=reason)
-        self._write_status()
-        (self.path / "lease.json").unlink(missing_ok=True)
+        try:
+            self._write_status()
+        except OSError as error:
+            log.error("status.json does not say %s (%s): %s", state, reason, error)
+        if read_lease(self.path).get("token") == self._token:
+            (self.path / "lease.json").unlink(missing_ok=True)
 
     def fail(self, reason: str) -> None:
         """Closes the folder of a run that an error ended, unless it is closed already."""
@@ -80,8 +117,12 @@ class RunFolder:
     def _beat(self) -> None:
         while not self._closed.wait(HEARTBEAT_SECONDS):
             try:
+                holder = read_lease(self.path)
+                if holder and holder.get("token") != self._token:
+                    self._taken_by = f"process {holder.get('pid')} on {holder.get('host')}"
+                    return
                 self._write_status()
-                write_atomically(self.path / "lease.json", json.dumps(_holder()))
+                write_atomically(self.path / "lease.json", json.dumps(holder_now(self._token)))
             except OSError as error:  # a full disk must not end the run here; the save will say so
                 log.warning("heartbeat: %s", error)
 
@@ -105,15 +146,15 @@ def open_run(path: Path, identity: dict, config_yaml: str, resume: str) -> RunFo
     check_identity(path, identity)
     if resume == "never" and list_checkpoints(path / "checkpoints"):
         raise ConfigError(f"run.dir={path} holds a checkpoint and run.resume=never; choose another run.dir")
-    holder = _live_holder(path)
-    if holder:
+    holder, alive = look(path)
+    if alive:
         raise UserError(
             f"run.dir={path} is in use: process {holder['pid']} on {holder['host']} writes there; "
             "wait for it, or stop it with: touch " + str(path / "stop")
         )
     try:
         path.mkdir(parents=True, exist_ok=True)
-        _take_lease(path)
+        take_lease(path, holder)
     except OSError as error:
         raise ConfigError(f"run.dir={path} cannot be written ({error.strerror}); choose another folder") from None
     (path / "stop").unlink(missing_ok=True)
@@ -123,9 +164,13 @@ def open_run(path: Path, identity: dict, config_yaml: str, resume: str) -> RunFo
     hashes = f"# identity_hash: {identity['identity_hash']}\n# pair_id: {identity['pair_id']}\n"
     write_atomically(path / "config.yaml", hashes + config_yaml)
     _drop_torn_line(path / "metrics.jsonl")
-    for left_over in (path / "checkpoints").glob("*.tmp-*"):
-        shutil.rmtree(left_over, ignore_errors=True)
-    return RunFolder(path, _next_attempt(path))
+    for left_over in (*path.glob("*.tmp-*"), *(path / "checkpoints").glob("*.tmp-*")):
+        if left_over.is_dir():
+            shutil.rmtree(left_over, ignore_errors=True)
+        else:
+            left_over.unlink(missing_ok=True)
+    before = read_status(path)
+    return RunFolder(path, int(before.get("attempt", 0)) + 1, before.get("state", ""))
 
 
 def check_identity(path: Path, identity: dict) -> None:
@@ -159,11 +204,30 @@ def require_disk_space(path: Path, needed: int) -> None:
         )
 
 
+def log_incident(path: Path, kind: str, **facts: object) -> None:
+    """Appends one object to RUN/incidents.jsonl."""
+    with (path / "incidents.jsonl").open("a") as file:
+        file.write(_json_line({"time": time.time(), "kind": kind, **facts}))
+
+
+def _json_line(facts: dict) -> str:
+    return json.dumps({k: str(v) if isinstance(v, float) and v - v != 0.0 else v for k, v in facts.items()}) + "\n"
+
+
 def log_to_folder(path: Path, rank: int) -> None:
     """Sends this rank's log to RUN/log/rank_N.log."""
     handler = logging.FileHandler(path / "log" / f"rank_{rank}.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.handleError = lambda record: None  # on a full disk: the console has it too
     log.addHandler(handler)
+
+
+def read_incidents(path: Path) -> list[dict]:
+    """The objects of incidents.jsonl, in their order."""
+    try:
+        return [json.loads(line) for line in (path / "incidents.jsonl").read_text().splitlines()]
+    except OSError:
+        return []
 
 
 def read_status(path: Path) -> dict:
@@ -187,10 +251,6 @@ def read_metrics(path: Path) -> list[dict]:
     return [rows[step] for step in sorted(rows)]
 
 
-def _next_attempt(path: Path) -> int:
-    return int(read_status(path).get("attempt", 0)) + 1
-
-
 def _drop_torn_line(path: Path) -> None:
     """Cuts off the last line where a kill left it without its end."""
     if not path.exists():
@@ -199,60 +259,3 @@ def _drop_torn_line(path: Path) -> None:
         data = file.read()
         if data and not data.endswith(b"\n"):
             file.truncate(data.rfind(b"\n") + 1)
-
-
-def _holder() -> dict:
-    return {
-        "host": platform.node(),
-        "pid": os.getpid(),
-        "process_start": _process_start(os.getpid()),
-        "boot_id": _boot_id(),
-        "updated": time.time(),
-    }
-
-
-def _live_holder(path: Path) -> dict | None:
-    """The holder of the lease if it is alive: on this machine by its process, elsewhere by its heartbeat."""
-    try:
-        holder = json.loads((path / "lease.json").read_text())
-    except (OSError, ValueError):
-        return None
-    if (holder["host"], holder["boot_id"]) == (platform.node(), _boot_id()):
-        alive = _process_start(holder["pid"]) == holder["process_start"] is not None
-    else:
-        alive = time.time() - holder["updated"] < DEAD_AFTER_SECONDS
-    return holder if alive and holder["pid"] != os.getpid() else None
-
-
-def _take_lease(path: Path) -> None:
-    """Creates lease.json where there is none; takes a dead holder's away first. Of two that try, one fails."""
-    lease = path / "lease.json"
-    mine = path / f"lease.json.new-{os.getpid()}"
-    mine.write_text(json.dumps(_holder()))
-    try:
-        try:
-            os.link(mine, lease)
-        except FileExistsError:
-            dead = path / f"lease.json.dead-{os.getpid()}"
-            lease.rename(dead)
-            dead.unlink()
-            os.link(mine, lease)
-    except FileExistsError:
-        raise UserError(f"run.dir={path} was taken by another process at the same moment; try again") from None
-    finally:
-        mine.unlink(missing_ok=True)
-
-
-def _process_start(pid: int) -> int | None:
-    """When a process of this machine started, in clock ticks since boot; None: there is no such process."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19])
-    except (OSError, ValueError, IndexError):
-        return None
-
-
-def _boot_id() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""

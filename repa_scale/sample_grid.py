@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -15,13 +17,22 @@ from repa_scale.sampling import sample_numbered
 
 @torch.no_grad()
 def draw_grid(
-    engine: Engine, ema: ShardEma, config: Config, latents: Latents, shape: tuple[int, int, int], ranks: Ranks
+    engine: Engine,
+    ema: ShardEma,
+    config: Config,
+    latents: Latents,
+    shape: tuple[int, int, int],
+    ranks: Ranks,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> tuple[np.ndarray, list[int]] | None:
     """Samples of the EMA model: (count, H, W, 3) uint8 and the labels asked for, on rank 0; None elsewhere.
 
     Noise depends on (seed, sample index) alone, labels go round the classes, so that grids of all steps and of a
     REPA run and its baseline can be laid side by side. Every rank makes its share, padded to equal length because
     the sharded model is gathered by all ranks together.
+
+    Args:
+        stopping: asked by all ranks together before each batch of images; once it is true, None is returned.
     """
     settings = config.sample
     classes = config.model.num_classes
@@ -30,6 +41,8 @@ def draw_grid(
     pieces = []
     with engine.weights_replaced(ema.values):
         for index in mine.split(settings.batch):
+            if stopping():
+                return None
             index = index.to(ranks.device)
             labels = index % classes if classes else torch.zeros_like(index)
             drawn = sample_numbered(

@@ -11,15 +11,7 @@ import torch
 from torch import Tensor
 
 from repa_scale import __version__
-from repa_scale.checkpoint import (
-    CheckpointReader,
-    Piece,
-    list_checkpoints,
-    publish,
-    step_folder,
-    write_manifest,
-    write_pieces,
-)
+from repa_scale.checkpoint import CheckpointReader, list_folders, quarantine
 from repa_scale.config import Config
 from repa_scale.ema import ShardEma
 from repa_scale.engine import MOMENTS, Engine
@@ -28,6 +20,8 @@ from repa_scale.models import build_sit
 from repa_scale.models.initial import initial_values
 from repa_scale.models.weights import check_names, load_public, public_shapes
 from repa_scale.ranks import Ranks
+
+NOT_PORTABLE = ("run", "tracking", "deepspeed", "checkpoint", "health")
 
 log = logging.getLogger("repa_scale")
 
@@ -43,6 +37,7 @@ def set_initial(engine: Engine, ema: ShardEma, config: Config) -> None:
             return public[name].flatten()[start:stop].float()
         return initial_values(name, shape, start, stop, config.seed)
 
+    engine.restart()
     engine.write(source)
     ema.restart()
 
@@ -55,44 +50,31 @@ def check_initial(config: Config) -> None:
         check_names(public_shapes(config.train.init_from), wanted, config.train.init_from)
 
 
-def save_state(
-    engine: Engine, ema: ShardEma, ranks: Ranks, folder: Path, step: int, config: Config, identity: dict, attempt: int
-) -> Path:
-    """Writes the checkpoint of `step`: every rank its shards, rank 0 the manifest; then gives it its name."""
-    final = folder / step_folder(step)
-    temporary = folder / f"{final.name}.tmp-{attempt}"
-    if ranks.is_main:
-        temporary.mkdir(parents=True, exist_ok=True)
-    ranks.barrier()
-    pieces = [
-        Piece(s.name, s.shape, s.start, s.stop, {"master": s.master, **s.moments, "ema": average})
-        for s, average in zip(engine.shards, ema.values, strict=True)
-    ]
-    entries = ranks.gather_objects(write_pieces(temporary, ranks.rank, ranks.world_size, pieces))
-    if ranks.is_main:
-        facts = {
-            "step": step,
-            "samples": step * config.train.global_batch,
-            "identity": identity["keys"],
-            "identity_hash": identity["identity_hash"],
-            "pair_id": identity["pair_id"],
-            "config": _portable(config),
-            "world_size": ranks.world_size,
-            "zero_stage": engine.stage,
-            "versions": {"repa_scale": __version__, "torch": torch.__version__, "python": platform.python_version()},
-            "scalars": engine.scalars(),
-        }
-        write_manifest(temporary, entries, facts)
-        publish(temporary, final)
-    ranks.barrier()
-    return final
+def describe_state(engine: Engine, ranks: Ranks, step: int, config: Config, identity: dict, judge: dict) -> dict:
+    """What the manifest of a checkpoint says besides its tensors: plain JSON.
+
+    Args:
+        judge: the state of divergence.Judge.
+    """
+    return {
+        "step": step,
+        "samples": step * config.train.global_batch,
+        "identity": identity["keys"],
+        "identity_hash": identity["identity_hash"],
+        "pair_id": identity["pair_id"],
+        "config": _portable(config),
+        "world_size": ranks.world_size,
+        "zero_stage": engine.stage,
+        "versions": {"repa_scale": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "scalars": {**engine.scalars(), "judge": judge},
+    }
 
 
 def _portable(config: Config) -> dict:
     """What another machine needs to use the weights: not where the run lay, nor whom it reported to."""
     whole = asdict(config)
     whole["data"].pop("path")
-    return {key: value for key, value in whole.items() if key not in ("run", "tracking", "deepspeed")}
+    return {key: value for key, value in whole.items() if key not in NOT_PORTABLE}
 
 
 def load_state(engine: Engine, ema: ShardEma, reader: CheckpointReader) -> None:
@@ -109,27 +91,43 @@ def load_state(engine: Engine, ema: ShardEma, reader: CheckpointReader) -> None:
     engine.set_scalars(reader.manifest["scalars"])
 
 
-def newest_verified(folder: Path, ranks: Ranks) -> CheckpointReader | None:
-    """The newest checkpoint whose files have the manifest's checksums; chosen by rank 0, the same on all ranks.
+def newest_verified(folder: Path, ranks: Ranks, before: int | None = None) -> CheckpointReader | None:
+    """The newest checkpoint whose files have the manifest's checksums, of those before step `before` if it is given.
+
+    The ranks check a share of the files each, and all take the same one; nothing is read before. A broken one is moved
+    to `quarantine/` and the one before is tried. So are those of step `before` and later, when a run is rolled back.
 
     Raises:
-        UserError: there are checkpoints, and none is whole.
+        UserError: there were checkpoints, and none is whole.
     """
-    name, problems = ranks.broadcast_object(_newest(folder) if ranks.is_main else None)
-    if name is not None:
-        return CheckpointReader(folder / name)
-    if problems:
-        raise UserError(f"no checkpoint in {folder} is whole ({problems[0]}); choose another run.dir to start anew")
-    return None
+    names = ranks.broadcast_object([path.name for path in list_folders(folder)] if ranks.is_main else None)
+    broken: dict[str, str] = {}
+    if before is not None:
+        broken = {name: f"rolled back behind step {before}" for name in names if int(name[5:]) >= before}
+        names = [name for name in names if name not in broken]
+    for name in reversed(names):
+        reader, problems = _checked(folder / name, ranks.rank, ranks.world_size)
+        found = [problem for theirs in ranks.gather_objects(problems) for problem in theirs]
+        if not found:
+            break
+        broken[name] = found[0]
+    else:  # they stay where they are: nobody should begin anew without having seen this
+        if names:
+            raise UserError(
+                f"no checkpoint in {folder} is whole ({broken[names[-1]]}); choose another run.dir, or delete "
+                "them to begin anew"
+            )
+        reader = None
+    if ranks.is_main:
+        for name, problem in broken.items():
+            log.warning("%s; moved to %s, going on from an older one", problem, quarantine(folder / name, problem))
+    ranks.barrier()
+    return reader
 
 
-def _newest(folder: Path) -> tuple[str | None, list[str]]:
-    problems: list[str] = []
-    for path in reversed(list_checkpoints(folder)):
-        try:
-            CheckpointReader(path).verify()
-            return path.name, problems
-        except DataError as error:
-            log.warning("%s; trying the one before", error)
-            problems.append(str(error))
-    return None, problems
+def _checked(folder: Path, share: int, of: int) -> tuple[CheckpointReader | None, list[str]]:
+    try:
+        reader = CheckpointReader(folder)
+    except DataError as error:
+        return None, [str(error)]
+    return reader, reader.problems(share=share, of=of)

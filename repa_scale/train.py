@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import platform
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
-from repa_scale.errors import ConfigError, ExitCode, UserError
+from repa_scale.errors import OUTCOME_VARIABLE, ConfigError, ExitCode, UserError, reason
 
 EXAMPLE = "repa-scale train experiment=demo_repa run.dir=runs/first"
 
@@ -18,25 +20,40 @@ log = logging.getLogger("repa_scale")
 
 def main(argv: list[str] | None = None) -> int:
     """Parses the run's keys, trains, and returns the exit code that all ranks agree on."""
+    argv = sys.argv[1:] if argv is None else argv
+    code, error = _main(argv)
+    _leave_outcome(code, error)
+    return code
+
+
+def _main(argv: list[str]) -> tuple[int, str]:
+    """The exit code, and the error behind it on one line."""
     from repa_scale.compose import compose, print_requested
 
-    argv = sys.argv[1:] if argv is None else argv
     try:
         if print_requested(argv):
-            return ExitCode.COMPLETED
+            return ExitCode.COMPLETED, ""
         _log_to_console()
-        return int(run(compose(argv)))
+        return int(run(compose(argv))), ""
     except UserError as error:
         if int(os.environ.get("RANK", 0)) == 0:  # the others found the same
             print(f"repa-scale: error: {error}", file=sys.stderr)
-        return ExitCode.BAD_INPUT
+        return ExitCode.BAD_INPUT, str(error)
     except KeyboardInterrupt:
-        return 130
-    except Exception:
+        return 130, "interrupted"
+    except Exception as error:
         log.exception("the run failed")
-        return ExitCode.FAILED
+        return ExitCode.FAILED, f"{type(error).__name__}: {reason(error)}"
     finally:
         _leave()
+
+
+def _leave_outcome(code: int, error: str) -> None:
+    """Tells `repa-scale supervise` what launchers hide."""
+    if folder := os.environ.get(OUTCOME_VARIABLE):
+        path = Path(folder) / f"rank_{os.environ.get('RANK', 0)}.json"
+        with suppress(OSError):
+            path.write_text(json.dumps({"code": int(code), "error": error}))
 
 
 def run(config) -> ExitCode:
@@ -74,11 +91,11 @@ def run(config) -> ExitCode:
 
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    from repa_scale.engine import load_deepspeed
+    from repa_scale.engine import import_deepspeed
     from repa_scale.tracking import open_tracker
     from repa_scale.trainer import Trainer
 
-    load_deepspeed()
+    import_deepspeed()
     tracker = None
     try:
         if ranks.is_main:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import platform
 import resource
 import sys
 import time
@@ -19,22 +20,29 @@ from repa_scale.config import Config
 from repa_scale.data.bad import Quarantine
 from repa_scale.data.batches import Batch, Batches, DataSet
 from repa_scale.data.decode import choose_decoder
+from repa_scale.divergence import Judge
 from repa_scale.draws import draw, drop_labels
 from repa_scale.ema import ShardEma
 from repa_scale.engine import Engine, Outcome
 from repa_scale.errors import ExitCode
 from repa_scale.frozen import Frozen
+from repa_scale.goodput import Goodput
 from repa_scale.health import StopRequest, reduce_step
 from repa_scale.interpolant import Interpolant
+from repa_scale.left_out import LeftOut
 from repa_scale.objective import build_objective, total
 from repa_scale.pictures import save_sheet
 from repa_scale.ranks import Ranks
 from repa_scale.rng import fingerprint
 from repa_scale.run_folder import RunFolder
 from repa_scale.sample_grid import draw_grid
+from repa_scale.saving import Saver
 from repa_scale.schedules import learning_rate
-from repa_scale.state import load_state, newest_verified, save_state, set_initial
+from repa_scale.state import describe_state, load_state, newest_verified, set_initial
+from repa_scale.stragglers import LOCAL_PHASES, Stragglers
 from repa_scale.tracking import Tracker
+from repa_scale.watchdog import Watchdog
+from repa_scale.windows import Window, batch_number
 
 WAIT_SHARE = 0.02  # of a step, waiting for data, above which a warning is due
 log = logging.getLogger("repa_scale")
@@ -66,6 +74,7 @@ class Trainer:
         self.checkpoints = Path(config.run.dir) / "checkpoints"
         self.clock = Clock(ranks.device)
         self.stop = StopRequest(run.path if run else None)
+        self.watchdog = Watchdog(ranks, Path(config.run.dir), run, config.health, lambda: self.stop.seconds)
         optimizer = config.optimizer
         self.engine = Engine(
             lambda: build_objective(config),
@@ -94,40 +103,88 @@ class Trainer:
         self.frozen = Frozen(config, self.terms, ranks, self.clock, dataset.cached)
         self.interpolant = Interpolant(config.interpolant.path)
         self.quarantine = Quarantine(dataset.count, config.data.max_bad)
-        self.skipped = 0
         self._waits_told = False
+        self.saver = Saver(self.engine, self.ema, ranks, self.checkpoints, config.checkpoint, self._incident)
+        self.judge = Judge(config.health, config.train.precision)
+        self.left_out = LeftOut(Path(config.run.dir), config.health.leave_out)
+        self.stragglers = Stragglers(ranks.gather_objects(platform.node()))
+        self.goodput = Goodput(run.path, run.before) if run else None
+        self.attempt: int = ranks.broadcast_object(run.attempt if run else None)
+        self.skipped = 0
+        self._means: dict[str, list[float]] = {}  # of the steps since the last checkpoint
+        self._seconds: dict[str, float] = {}  # of the last step, by phase
         self._since_log: list[dict[str, float]] = []
 
     def train(self) -> ExitCode:
         """Goes on from the newest good checkpoint to the last step, or until someone asks to stop."""
-        train = self.config.train
         done = self.resume()
+        while True:
+            ended = self.train_from(done)
+            if isinstance(ended, ExitCode):
+                return ended
+            done = self.roll_back(ended)
+            if done is None:
+                return self.finish("diverged", ended.step, ExitCode.DIVERGED)
+
+    def train_from(self, done: int) -> ExitCode | Window:
+        """The loop. Returns how the run ended, or the window of data to go back behind."""
+        train = self.config.train
         for step, batch in self.batches(done):
             losses, outcome = self.step(step, batch)
-            stop = self.record(step, losses, outcome, batch)
+            stop, window = self.record(step, losses, outcome, batch)
+            if window:
+                return window
             last = step == train.steps
             if train.sample_every and (last or step % train.sample_every == 0):
-                self.sample(step)
-            if stop or last or self.quarantine.problem or step % train.checkpoint_every == 0:
-                self.save(step)
-            if self.quarantine.problem:
-                return self.finish("failed", step, ExitCode.BAD_INPUT, self.quarantine.problem)
+                stop = self.sample(step) or stop
+            ruined = self.quarantine.problem
+            if stop or last or ruined or step % train.checkpoint_every == 0:
+                self.save(step, wait=bool(stop or last or ruined))
+            if ruined:
+                return self.finish("failed", step, ExitCode.BAD_INPUT, ruined)
             if stop and not last:
                 return self.finish("preempted", step, ExitCode.PREEMPTED)
         return self.finish("completed", max(done, train.steps), ExitCode.COMPLETED)
 
-    def resume(self) -> int:
-        """Takes up the newest whole checkpoint, or sets the initial weights. Returns the steps already done."""
+    def resume(self, before: int | None = None) -> int:
+        """Takes up the newest whole checkpoint (older than step `before`), or sets the initial weights. Returns the
+        steps already done."""
         known = self.run.quarantined() if self.run else None
         self.quarantine.numbers |= self.ranks.broadcast_object(known)
-        reader = newest_verified(self.checkpoints, self.ranks)
+        reader = newest_verified(self.checkpoints, self.ranks, before)
         if reader is None:
             set_initial(self.engine, self.ema, self.config)
+            self.judge.restart()
+            self.skipped = 0
             return 0
         load_state(self.engine, self.ema, reader)
-        self.skipped = reader.manifest["scalars"]["skipped_steps"]
+        scalars = reader.manifest["scalars"]
+        self.skipped = scalars["skipped_steps"]
+        self.judge.set_state(scalars.get("judge", {}))
+        self.saver.verified.add(reader.folder.name)
         log.info("resumed from %s (%d samples seen)", reader.folder, reader.manifest["samples"])
         return reader.step
+
+    def roll_back(self, window: Window) -> int | None:
+        """Goes back to before the window, which is never trained on again. Returns the steps done, or None: it
+        happened too often."""
+        self.saver.give_up()
+        if len(self.left_out.noted) >= self.config.health.max_rollbacks:
+            self._incident("diverged", step=window.step, rollbacks=len(self.left_out.noted))
+            return None
+        self.watchdog.enter("rollback", window.step)
+        began = time.perf_counter()
+        if self.run is not None:
+            self.run.next_attempt()
+        self.attempt += 1
+        # In this order: a start that dies in between meets the window once more, and nothing is left out twice.
+        done = self.resume(before=window.step)
+        self.left_out.add(window, "not finite or a spike", write=self.ranks.is_main)
+        self._incident("rollback", step=window.step, to_step=done, left_out=[window.first, window.last])
+        self._means, self._since_log = {}, []
+        if self.goodput is not None:
+            self.goodput.add("restart", time.perf_counter() - began)
+        return done
 
     def batches(self, done: int) -> Iterator[tuple[int, Batch]]:
         """(step, batch) for the steps still to do; the time that a step waits for its batch is `data_wait`."""
@@ -142,7 +199,7 @@ class Trainer:
             rank=self.ranks.rank,
             world=self.ranks.world_size,
             workers=config.data.workers,
-            start_step=done,
+            start_step=batch_number(done, self.left_out.windows),
             decoder=choose_decoder(config.data.decoder, device),
             flip=config.data.flip,
             device=device,
@@ -150,12 +207,21 @@ class Trainer:
         try:
             stream = iter(source)
             for step in range(done + 1, config.train.steps + 1):
+                self.watchdog.enter("data", step)
+                if self.goodput is not None and step == done + 1:
+                    self.goodput.first_step_begins()
                 self._began = time.perf_counter()
                 batch = next(stream)
+                while self._number(batch) in self.left_out:
+                    batch = next(stream)
                 self._waited = time.perf_counter() - self._began
                 yield step, batch
         finally:
             source.close()
+
+    def _number(self, batch: Batch) -> int:
+        """The batch's place in the endless order, from 1."""
+        return int(batch.index[0]) // self.config.train.global_batch + 1
 
     def step(self, step: int, batch: Batch) -> tuple[dict[str, Tensor], Outcome]:
         """One optimiser step over this rank's part of the global batch. Returns its mean losses, by name."""
@@ -163,7 +229,8 @@ class Trainer:
         weights = {name: term.weight_at(step) for name, term in self.terms.items() if term.active(step)}
         parts = batch.to(self.ranks.device).split(config.train.micro_batch)
         sums: dict[str, Tensor] = {}
-        for part in parts:
+        for number, part in enumerate(parts, 1):
+            self.watchdog.enter("forward", step)
             noise = draw(
                 config.seed,
                 step,
@@ -179,52 +246,80 @@ class Trainer:
             labels = drop_labels(part.labels, noise.drop, config.model.num_classes)
             losses = self.engine(x_t, noise.t, labels, velocity, targets)
             loss = total(losses, weights)
-            self.engine.module.backward_begins()
-            self.engine.backward(loss)
             means = {name: value.detach().mean() for name, value in losses.items()} | {"loss": loss.detach()}
             sums = {name: sums.get(name, 0.0) + value / len(parts) for name, value in means.items()}
+            if config.health.on_spike == "skip" and number == len(parts) and self._spikes(sums["loss"]):
+                loss = loss * math.nan  # DeepSpeed then leaves the step out in its own way, whatever the ZeRO stage
+            self.watchdog.enter("backward", step)
+            self.engine.module.backward_begins()
+            self.engine.backward(loss)
+        self.watchdog.enter("optimizer", step)
         outcome = self.engine.step(learning_rate(config.optimizer, step))
         if outcome.applied:
             self.ema.update()
         else:
             self.skipped += 1
-            log.warning("step %d was skipped: its gradients are not finite (loss scale %g)", step, outcome.loss_scale)
         return sums, outcome
 
-    def record(self, step: int, losses: dict[str, Tensor], outcome: Outcome, batch: Batch) -> bool:
-        """Reduces the step's numbers over the ranks, writes its row when due. Returns whether anyone asks to stop."""
+    def _spikes(self, loss: Tensor) -> bool:
+        """Whether the loss over all ranks is a spike; waits for them."""
+        return self.judge.is_spike("loss", reduce_step(self.ranks, [loss], 0, ()).means[0])
+
+    def record(
+        self, step: int, losses: dict[str, Tensor], outcome: Outcome, batch: Batch
+    ) -> tuple[bool, Window | None]:
+        """Reduces the step's numbers over the ranks, judges them, writes its row when due.
+
+        Returns:
+            Whether anyone asks to stop, and the window of data to go back behind, if any.
+        """
+        self.watchdog.enter("record", step)
         names = sorted(losses)
         left_out = torch.tensor(float(len(batch.bad)))
-        (bad, *means), batch_fingerprint, stop = reduce_step(
-            self.ranks, [left_out, *(losses[name] for name in names)], fingerprint(batch.ids), self.stop.asked
+        shared = reduce_step(
+            self.ranks,
+            [left_out, *(losses[name] for name in names)],
+            fingerprint(batch.ids),
+            [self.stop.asked, self.saver.failed],
+            [self._seconds.get(phase, 0.0) for phase in LOCAL_PHASES],  # of the step before: no wait for the device
         )
+        stop, save_failed = shared.flags
+        bad, *means = shared.means
         if bad:
             self.set_aside(step, batch)
-        seconds = {f"{phase}_seconds": value for phase, value in self.clock.read().items()}
-        self._since_log.append(
-            {**seconds, "step_seconds": time.perf_counter() - self._began, "data_wait_seconds": self._waited}
-        )
+        values = dict(zip(names, means, strict=True))
+        if save_failed:
+            self.saver.retry()
+        for name, mean in values.items():
+            self._means.setdefault(name, []).append(mean)
+        window = self._judge(step, values["loss"], outcome, batch)
+        self._seconds = {**self.clock.read(), "data_wait": self._waited}
+        seconds = {f"{phase}_seconds": value for phase, value in self._seconds.items()}
+        seconds["step_seconds"] = time.perf_counter() - self._began
+        self._since_log.append(seconds)
         if self.run is None:
-            return stop
+            return stop, window
+        self.stragglers.add(shared.seconds)
+        self.goodput.step(step, seconds["step_seconds"], self._waited)
         self.run.progress(step)
         if step % self.config.train.log_every and step != self.config.train.steps and not stop:
-            return stop
-        values = dict(zip(names, means, strict=True))
+            return stop, window
+        means = self._mean_seconds()
         row = {
             "step": step,
             "attempt": self.run.attempt,
             "time": time.time(),
             "samples": step * self.config.train.global_batch,
-            "loss": values.pop("loss"),
-            "denoising_loss": values.pop("denoising"),
-            **_alignment_row(values),
+            **_loss_row(values),
             "grad_norm": outcome.grad_norm,
             "learning_rate": learning_rate(self.config.optimizer, step),
-            **self._mean_seconds(),
+            **means,
+            **self._straggler(means["step_seconds"]),
+            **self.goodput.row(),
             "peak_memory_bytes": _peak_memory(self.ranks.device),
             "loss_scale": outcome.loss_scale,
             "skipped_steps": self.skipped,
-            "batch_fingerprint": f"{batch_fingerprint:016x}",
+            "batch_fingerprint": f"{shared.fingerprint:016x}",
         }
         self.run.record(row)
         self.tracker.log(
@@ -236,7 +331,7 @@ class Trainer:
             self.config.train.steps,
             *(row[key] for key in ("loss", "denoising_loss", "grad_norm", "images_per_second")),
         )
-        return stop
+        return stop, window
 
     def set_aside(self, step: int, batch: Batch) -> None:
         """Takes the bad samples of all ranks into the quarantine, and rank 0 writes those that are new."""
@@ -246,29 +341,85 @@ class Trainer:
             if self.run is not None:
                 self.run.quarantine({"step": step, "attempt": self.run.attempt, **sample.as_dict()})
 
-    def save(self, step: int) -> None:
-        """Writes the checkpoint of this step."""
-        folder = self.checkpoints
-        attempt = self.ranks.broadcast_object(self.run.attempt if self.run else None)
-        final = save_state(self.engine, self.ema, self.ranks, folder, step, self.config, self.identity, attempt)
-        log.info("saved %s", final)
+    def _judge(self, step: int, loss: float, outcome: Outcome, batch: Batch) -> Window | None:
+        """Notes a step that was not applied, or a spike, with its samples. All ranks come to the same."""
+        number = self._number(batch)
+        what, window = self.judge.judge(step, number, loss, outcome.grad_norm, outcome.applied)
+        if what:
+            ids = [i for theirs in self.ranks.gather_objects(batch.ids.tolist()) for i in theirs]
+            self._incident(
+                what,
+                step=step,
+                batch=number,
+                applied=outcome.applied,
+                loss=loss,
+                grad_norm=outcome.grad_norm,
+                loss_scale=outcome.loss_scale,
+                sample_ids=ids,
+            )
+        return window
 
-    def sample(self, step: int) -> None:
-        """Draws the sample grid of the EMA weights into RUN/samples and the tracker."""
-        drawn = draw_grid(self.engine, self.ema, self.config, self.frozen.latents, self.frozen.latent_shape, self.ranks)
+    def _incident(self, kind: str, **facts: object) -> None:
+        """To the log and RUN/incidents.jsonl, on rank 0."""
+        log.warning("%s: %s", kind, ", ".join(f"{key} {value}" for key, value in facts.items()))
+        if self.run is not None:
+            self.run.incident(kind, **facts)
+
+    def _straggler(self, step_seconds: float) -> dict:
+        """The rank that the others waited for since the last row, for the row and the log; {}: none stands out."""
+        found = self.stragglers.report(step_seconds) or {}
+        if found:
+            log.warning(
+                "rank %d on %s is slow: %s takes it %.3f s a step longer than the others",
+                *(found[f"straggler_{key}"] for key in ("rank", "host", "phase", "seconds")),
+            )
+        return found
+
+    def save(self, step: int, wait: bool) -> None:
+        """Saves this step; with `wait` it is on disk afterwards, otherwise soon."""
+        self.watchdog.enter("save", step)
+        began = time.perf_counter()
+        facts = describe_state(self.engine, self.ranks, step, self.config, self.identity, self.judge.state())
+        means = {name: math.fsum(values) / len(values) for name, values in self._means.items()}
+        row = _loss_row(means) if means else {}
+        facts["metrics"] = {name: mean for name, mean in row.items() if math.isfinite(mean)}
+        self._means = {}
+        self.saver.save(step, self.attempt, facts, wait)
+        if self.goodput is not None:
+            self.goodput.add("save", time.perf_counter() - began)
+
+    def sample(self, step: int) -> bool:
+        """Draws the sample grid of the EMA weights into RUN/samples and the tracker. Returns whether it was left
+        unfinished, because someone asks to stop."""
+        self.watchdog.enter("sample", step)
+        began = time.perf_counter()
+        drawn = draw_grid(
+            self.engine,
+            self.ema,
+            self.config,
+            self.frozen.latents,
+            self.frozen.latent_shape,
+            self.ranks,
+            lambda: self.stop.anywhere(self.ranks),
+        )
         if drawn is not None and self.run is not None:
             path = self.run.path / "samples" / f"{step_folder(step)}.png"
             save_sheet(drawn[0], path)
             self.tracker.log_artifact(path, "samples")
+        if self.goodput is not None:
+            self.goodput.add("sample", time.perf_counter() - began)
+        return self.stop.anywhere(self.ranks)
 
     def finish(self, state: str, step: int, code: ExitCode, reason: str = "") -> ExitCode:
         """Writes the final state; all ranks leave after rank 0's last write."""
+        self.watchdog.enter("finish", step)
         if self.run is not None:
             self.tracker.log_artifact(self.checkpoints / step_folder(step) / MANIFEST, "checkpoint")
             self.tracker.finish(state)
             self.run.close(state, step, reason)
             log.info("%s at step %d of %d: %s", state, step, self.config.train.steps, reason or self.run.path)
         self.ranks.barrier()
+        self.watchdog.close()
         return code
 
     def _mean_seconds(self) -> dict[str, float]:
@@ -286,6 +437,12 @@ class Trainer:
                 self.config.data.path,
             )
         return {"images_per_second": self.config.train.global_batch / means["step_seconds"], **means}
+
+
+def _loss_row(values: dict[str, float]) -> dict[str, float]:
+    """Losses under the names of metrics.jsonl."""
+    terms = {name: value for name, value in values.items() if name.startswith("alignment/")}
+    return {"loss": values["loss"], "denoising_loss": values["denoising"], **_alignment_row(terms)}
 
 
 def _alignment_row(values: dict[str, float]) -> dict[str, float]:

@@ -11,6 +11,7 @@ from repa_scale.config import Config, TermConfig
 from repa_scale.errors import ConfigError, did_you_mean
 from repa_scale.quantities import share, size_in_bytes
 from repa_scale.sizes import ENCODERS, PROJECTORS, backbone, latent_spec, token_grid
+from repa_scale.windows import parse_windows
 
 CHOICES = {
     "method": ("repa", "baseline"),
@@ -22,6 +23,8 @@ CHOICES = {
     "optimizer.schedule": ("constant", "linear", "cosine"),
     "train.precision": ("fp32", "bf16", "fp16"),
     "train.device": ("auto", "cuda", "cpu"),
+    "checkpoint.best": ("", "loss", "denoising_loss", "alignment_loss"),
+    "health.on_spike": ("log", "skip", "rollback"),
     "sample.sampler": ("euler", "heun", "sde"),
 }
 KERNELS = ("auto", "triton", "torch")
@@ -39,6 +42,7 @@ POSITIVE = (
     "train.global_batch",
     "train.log_every",
     "train.checkpoint_every",
+    "health.grace_seconds",
     "sample.steps",
     "sample.count",
     "sample.batch",
@@ -51,6 +55,12 @@ NOT_NEGATIVE = (
     "optimizer.warmup_steps",
     "optimizer.clip",
     "train.sample_every",
+    "health.max_skips",
+    "health.max_rollbacks",
+    "health.spike_deviations",
+    "health.hang_seconds",
+    "checkpoint.keep_last",
+    "checkpoint.keep_every",
     "sample.guidance",
 )
 TERM_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
@@ -69,6 +79,7 @@ def validate(config: Config, world_size: int) -> None:
         _at_least(key, _value(config, key), 0, exclusive=True)
     for key in NOT_NEGATIVE:
         _at_least(key, _value(config, key), 0)
+    parse_windows(config.health.leave_out)
     _check_data(config)
     _check_model(config)
     batch_split(config, world_size)

@@ -53,7 +53,9 @@ class Launch:
         STARTED.append(self)
         self.run = run
         words = [*words, f"run.dir={run}"]
-        module = "repa_scale.train"
+        # With FAULTS the same entry runs, after the faults are laid.
+        module = "faults.worker" if "FAULTS" in environment else "repa_scale.train"
+        environment["PYTHONPATH"] = f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"
         if launcher == "deepspeed":
             command = [BIN / "deepspeed", "--num_gpus", processes, "--master_port", free_port(), "--module", module]
         elif launcher == "torchrun":

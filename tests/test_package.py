@@ -42,7 +42,7 @@ FORBIDDEN = {
     "ema": {"streaming", "mlflow", "hydra", "deepspeed"},
     **{
         verb: {"repa_scale.trainer", "repa_scale.engine", "deepspeed"}
-        for verb in ("prepare", "sample", "evaluate", "export", "compare", "trained")
+        for verb in ("prepare", "sample", "evaluate", "export", "compare", "trained", "checkpoints", "supervise")
     },
 }
 # These hold Triton functions, which need it when they are defined; kernels/__init__.py imports them when one is chosen.
@@ -122,7 +122,7 @@ def test_importing_is_quick_and_needs_torch_alone():
 def test_deepspeed_brings_neither_mlflow_nor_the_compiler():
     """Neither is needed by a rank, and each costs seconds at every start."""
     script = (
-        "import sys; from repa_scale import engine; engine.load_deepspeed()\n"
+        "import sys; from repa_scale import engine; engine.import_deepspeed()\n"
         "import deepspeed.runtime.zero.muon.muon_optimizer\n"
         "loaded = {'mlflow', 'torch._inductor'} & set(sys.modules)\nassert not loaded, loaded"
     )

@@ -5,12 +5,24 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from repa_scale.checkpoint import CheckpointReader, Piece, list_checkpoints, publish, write_manifest, write_pieces
+from repa_scale.checkpoint import (
+    REASON,
+    CheckpointReader,
+    Piece,
+    list_checkpoints,
+    publish,
+    quarantine,
+    write_manifest,
+    write_pieces,
+)
+from repa_scale.config import CheckpointConfig
 from repa_scale.errors import ConfigError, DataError, UserError
+from repa_scale.retention import prune
 from repa_scale.run_folder import open_run, read_metrics, read_status, require_disk_space
 
 KEYS = {"keys": {"seed": 0, "model.name": "SiT-XL/2"}, "identity_hash": "aa", "pair_id": "bb"}
@@ -63,6 +75,8 @@ def test_a_live_holder_is_respected_and_a_dead_one_is_not(tmp_path):
     finally:
         holder.kill()
         holder.wait()
+    opened(tmp_path / "run").close("completed", 1)
+    (tmp_path / "run" / "lease.json").write_text('{"host": "torn')
     opened(tmp_path / "run").close("completed", 1)
 
 
@@ -123,3 +137,53 @@ def test_what_was_not_finished_is_no_checkpoint(tmp_path):
     assert list_checkpoints(tmp_path) == []
     os.rename(folder / "manifest.away", folder / "manifest.json")
     assert list_checkpoints(tmp_path) == [folder]
+
+
+def test_a_checkpoint_of_format_1_loads_for_ever():
+    reader = CheckpointReader(Path(__file__).parent / "checkpoint_v1" / "step_00000003")
+    reader.verify()
+    assert reader.manifest["format_version"] == 1 and reader.manifest["scalars"]["optimizer_steps"] == 3
+    assert torch.equal(reader.tensor("ema", "model.w"), 300 + torch.arange(12.0).view(3, 4))
+
+
+def test_a_changed_byte_anywhere_is_found(tmp_path):
+    """Of every file of a checkpoint, manifest and headers included, at every place."""
+    folder, _ = written(tmp_path)
+    for file in folder.iterdir():
+        data = file.read_bytes()
+        for place in range(len(data)):
+            file.write_bytes(data[:place] + bytes([data[place] ^ 0x10]) + data[place + 1 :])
+            with pytest.raises(DataError):
+                CheckpointReader(folder).verify()
+        file.write_bytes(data)
+    CheckpointReader(folder).verify()
+
+
+def test_what_is_written_is_plain_safetensors(tmp_path):
+    from safetensors.torch import load_file
+
+    folder, whole = written(tmp_path)
+    parts = [load_file(file) for file in sorted(folder.glob("*.safetensors"))]
+    for kind, value in whole.items():
+        assert torch.equal(torch.cat([part[f"{kind}/model.w"] for part in parts]), value)
+
+
+def test_a_checkpoint_set_aside_keeps_its_reason(tmp_path):
+    for _ in range(2):
+        folder, _ = written(tmp_path)
+        moved = quarantine(folder, "broken")
+        assert not folder.exists() and json.loads((moved / REASON).read_text())["reason"] == "broken"
+    assert [path.name for path in sorted((tmp_path / "quarantine").iterdir())] == ["step_00000003", "step_00000003-2"]
+    assert list_checkpoints(tmp_path) == []
+
+
+def test_which_checkpoints_stay(tmp_path):
+    for step in range(1, 9):
+        written(tmp_path, step)
+    names = [f"step_{step:08d}" for step in range(1, 9)]
+    policy = CheckpointConfig(keep_last=2, keep_every=3)
+    assert prune(tmp_path, CheckpointConfig(), names) == [] and prune(tmp_path, policy, ["step_00000001"]) == []
+    assert prune(tmp_path, policy, names, coming=1) == [names[i] for i in (0, 1, 3, 4, 6)]
+    assert [path.name for path in list_checkpoints(tmp_path)] == [names[i] for i in (2, 5, 7)]
+    assert prune(tmp_path, CheckpointConfig(keep_last=1), [names[7]], coming=1) == [names[2], names[5]]
+    assert prune(tmp_path, CheckpointConfig(keep_last=1), [names[7]], coming=1) == [], "the only verified one stays"

@@ -86,6 +86,8 @@ def summary(run: RunData) -> dict[str, float | int | None]:
         "step_seconds": seconds,
         "peak_memory_bytes": max((p.value for p in run.history.get("peak_memory_bytes", [])), default=None),
     }
+    for key in ("goodput", "lost_restart_seconds", "lost_repeated_seconds"):
+        result[key] = run.history[key][-1].value if run.history.get(key) else None
     for phase in PHASES:
         value = mean(run, phase)
         result[phase.replace("_seconds", "_share")] = value / seconds if value is not None and seconds else 0.0

@@ -98,6 +98,9 @@ def _summary(result: dict[str, Any], names: dict[str, str]) -> str:
         ("of it alignment, forward and backward", "alignment_share", "{:.1%}"),
         ("of it waiting for data", "data_wait_share", "{:.1%}"),
         ("of it latents", "latent_share", "{:.1%}"),
+        ("Goodput, the productive share of all its time", "goodput", "{:.1%}"),
+        ("Seconds lost between a failure and the next start", "lost_restart_seconds", "{:.1f}"),
+        ("Seconds of steps trained again", "lost_repeated_seconds", "{:.1f}"),
         ("Peak memory of rank 0, GB", "peak_memory_bytes", "gb"),
     )
     lines = []
