@@ -102,7 +102,7 @@ def test_streaming_reads_the_bucket(source, bucket, tmp_path):
     from streaming import StreamingDataset
 
     theirs = StreamingDataset(remote=url, local=str(tmp_path / "cache"), shuffle=False, batch_size=1)
-    assert {theirs[i]["name"] for i in range(99)} == {f"{'a' if i < 50 else 'b'}/{i:03}.png" for i in range(1, 100)}
+    assert {theirs[i]["name"] for i in range(99)} == {f"{'ab'[i % 2]}/{i:03}.png" for i in range(1, 100)}
 
 
 def test_a_bucket_with_something_else_or_none_at_all(source, bucket, tmp_path):

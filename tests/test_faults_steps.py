@@ -10,7 +10,7 @@ from launching import SMALL, Launch, end_all, exact, train
 
 from repa_scale.config import HealthConfig
 from repa_scale.data.batches import open_dataset
-from repa_scale.data.order import sample_at
+from repa_scale.data.order import Order
 from repa_scale.divergence import NEEDED, Judge
 from repa_scale.errors import ConfigError
 from repa_scale.run_folder import read_incidents, read_metrics, read_status
@@ -85,7 +85,8 @@ def test_nan_on_one_rank_once(words, undisturbed, digits, tmp_path):
     dataset = open_dataset(str(digits))
     import torch
 
-    numbers = sample_at(torch.arange(32, 40), dataset.count, 0, dataset.fingerprint).tolist()
+    order = Order([shard.samples for shard in dataset.reader.shards], 0, dataset.fingerprint)
+    numbers = order.at(torch.arange(32, 40)).tolist()
     assert (incident["step"], incident["batch"]) == (5, 5)
     assert incident["sample_ids"] == [dataset.reader[number]["id"] for number in numbers]
     from test_faults_checkpoints import tensors

@@ -70,11 +70,19 @@ class Cache:
         with self._opening:
             for name in (MANIFEST, "index.json"):
                 self._download(name, self.folder / name, lambda path: None)
-            shards = read_index(self.folder)
-            if shards != self.shards:
-                self.shards = shards
-                self._verified.clear()
-                self._locks = {number: threading.Lock() for number in range(len(shards))}
+            self._take(read_index(self.folder))
+
+    def go_on(self) -> None:
+        """Takes up the work of a fetcher that was killed: its readers know the index already."""
+        with self._opening:
+            if not self.shards:
+                self._take(read_index(self.folder))
+
+    def _take(self, shards: list[Shard]) -> None:
+        if shards != self.shards:
+            self._verified.clear()
+            self._locks = {number: threading.Lock() for number in range(len(shards))}
+            self.shards = shards
 
     def need(self, number: int) -> None:
         """Returns when the shard lies in the folder, verified."""
@@ -142,12 +150,13 @@ class Cache:
                 check(temporary)
                 os.replace(temporary, path)
                 return
-            except (FileNotFoundError, DataError) as error:
-                text = str(error) if isinstance(error, DataError) else f"{self.url}/{name} does not exist"
-                if wrong:
-                    raise Bad(f"{text}, twice") from None
-                wrong = text
             except Exception as error:  # each store's library has its own kinds
+                if isinstance(error, DataError) or _missing(error):
+                    text = str(error) if isinstance(error, DataError) else f"{self.url}/{name} does not exist"
+                    if wrong:
+                        raise Bad(f"{text}, twice") from None
+                    wrong = text
+                    continue
                 if _full(error):
                     raise Away(f"{self.folder} is full; make room or give a smaller data.cache_limit") from None
                 if time.monotonic() > deadline:
@@ -161,6 +170,11 @@ class Cache:
 
 def _check(file: Path, shard: Shard) -> None:
     verify_shard(file.parent, Shard(file.name, shard.bytes, shard.hashes, shard.samples, shard.columns))
+
+
+def _missing(error: BaseException) -> bool:
+    """The store answers that there is no such object: streaming's own words for every kind of store."""
+    return isinstance(error, FileNotFoundError) or "not found" in str(error).lower()
 
 
 def _full(error: BaseException) -> bool:
@@ -180,6 +194,9 @@ class Handler(socketserver.StreamRequestHandler):
                     answer = {"bad": str(error)}
                 except (Away, OSError, UserError) as error:
                     answer = {"away": str(error)}
+                except Exception as error:  # else the reader would hear nothing, and ask again
+                    log.exception("while answering %r", line)
+                    answer = {"away": f"{type(error).__name__}: {error}"}
                 try:
                     self.wfile.write(json.dumps(answer).encode() + b"\n")
                 except OSError:
@@ -190,6 +207,7 @@ class Handler(socketserver.StreamRequestHandler):
         if "open" in request:
             cache.open()
             return {"limit": cache.limit, "url": cache.url}
+        cache.go_on()
         if "need" in request:
             cache.need(request["need"])
         else:
@@ -213,7 +231,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     def serve(self) -> None:
         """Until nobody has been there for IDLE seconds."""
         self.timeout = 1.0
-        while self.readers or time.monotonic() - self.alone_since < IDLE:
+        while self.readers > 0 or time.monotonic() - self.alone_since < IDLE:
             self.handle_request()
 
 
