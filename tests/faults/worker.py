@@ -171,7 +171,7 @@ def slow_rank(seconds):
 def slow_data(step, seconds):
     from repa_scale.data import batches
 
-    after(batches._Steps, "__getitem__", lambda self, number: time.sleep(seconds) if number == step - 1 else None)
+    after(batches.Steps, "__getitem__", lambda self, number: time.sleep(seconds) if number == step - 1 else None)
 
 
 def slow_sampling(seconds):
