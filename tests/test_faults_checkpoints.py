@@ -147,7 +147,8 @@ def wait_for_text(launch, text, after=""):
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("room", ["comes back", pytest.param("never", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("room", ["comes back", "never"])
 def test_a_full_disk_in_a_save(words, undisturbed, tmp_path, room):
     """Training goes on, the save is tried again; a run that cannot save its end says so and does not succeed."""
     with small_disk(tmp_path / "run", "64m") as run:  # what the processes print goes to another disk

@@ -97,6 +97,7 @@ def test_nan_on_one_rank_once(words, undisturbed, digits, tmp_path):
     assert not all(torch.equal(before[key], left[key]) for key in before)
 
 
+@pytest.mark.long
 @pytest.mark.distributed
 def test_nan_for_many_steps_rolls_back_and_leaves_the_window_out(words, tmp_path):
     """The run equals one that was told to leave the same batches out."""
@@ -151,7 +152,8 @@ def test_a_poisoned_batch(words, tmp_path, policy):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.long), 1])
+@pytest.mark.long
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_hangs(words, tmp_path, rank):
     run = tmp_path / "run"
     launch = faulty([*words, "health.hang_seconds=3", "train.checkpoint_every=2"], run, ["stop_self", rank, 6])
@@ -182,6 +184,7 @@ def test_a_hang_alone_ends_with_70(words, tmp_path):
     assert "next_batch" in (log := (run / "log" / "rank_0.log").read_text()) or "batches.py" in log
 
 
+@pytest.mark.long
 @pytest.mark.distributed
 def test_a_slow_rank_is_named(words, tmp_path):
     run = tmp_path / "run"
@@ -200,9 +203,8 @@ STOPS = {
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(
-    "where", [name if name == "in sampling" else pytest.param(name, marks=pytest.mark.long) for name in STOPS]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("where", list(STOPS))
 def test_sigterm_to_one_rank(words, undisturbed, tmp_path, where):
     fault, changes, step = STOPS[where]
     run = tmp_path / "run"

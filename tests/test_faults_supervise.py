@@ -84,6 +84,7 @@ class Supervised:
         return self.output.read_text()
 
 
+@pytest.mark.long
 def test_a_crash_at_the_same_step_each_time_is_given_up(words, tmp_path):
     """Once there is progress (a checkpoint), then none: two failures more and it ends, with the reason."""
     run = tmp_path / "run"
@@ -129,6 +130,7 @@ def test_a_command_that_only_says_success_is_not_believed(tmp_path):
     assert subprocess.run(command, capture_output=True).returncode == 70
 
 
+@pytest.mark.long
 def test_sigterm_to_the_supervisor_saves_the_run(words, tmp_path):
     run = tmp_path / "run"
     supervised = Supervised([*words, "train.steps=100000"], run)
@@ -246,6 +248,7 @@ def test_two_starts_at_once_on_one_machine(words, tmp_path):
     assert [line["step"] for line in lines] == list(range(1, 41))
 
 
+@pytest.mark.long
 def test_a_holder_taken_for_dead_stops_writing(tmp_path):
     """It slept while another took the folder: it must notice before it writes."""
     from repa_scale import run_folder

@@ -99,6 +99,7 @@ def test_a_store_and_a_fetcher_that_die_in_the_middle(s3_server, remote, many_sh
     assert all(torch.equal(a.images, b["images"]) for a, b in zip(found, wanted, strict=True))
 
 
+@pytest.mark.long
 def test_what_is_wrong_in_the_cache_is_fetched_again_and_in_the_store_is_left_out(
     s3_server,
     remote,

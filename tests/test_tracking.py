@@ -145,6 +145,7 @@ def wait_for(condition, seconds=60):
         time.sleep(0.1)
 
 
+@pytest.mark.long
 @pytest.mark.distributed
 def test_a_server_that_is_away_costs_nothing_and_loses_nothing(server, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr("repa_scale.tracking.RETRY_SECONDS", (0.2, 0.5))

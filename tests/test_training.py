@@ -58,7 +58,7 @@ def test_nearly_all_elements_are_really_partitioned(undisturbed):
     assert len(sizes) == 2 and abs(sizes[0] - sizes[1]) < 0.05 * sum(sizes)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
 def test_a_killed_run_goes_on_to_the_same_bits(words, undisturbed, tmp_path, precision):
     words = [*words, f"train.precision={precision}"]
     wanted = undisturbed[1] if precision == "fp32" else train(words, tmp_path / "undisturbed")
@@ -83,7 +83,7 @@ def test_a_run_of_two_processes_goes_on_with_one_and_back(words, undisturbed, tm
     assert_close(train(words, tmp_path / "run"), undisturbed[1], 1e-5)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_the_other_zero_stages(words, undisturbed, tmp_path, stage):
     """Stage 1 and 2 give stage 3's numbers, and take up its checkpoint."""
     import repa_scale.deepspeed_config as deepspeed_config
