@@ -23,6 +23,7 @@ from torch import Tensor
 
 from repa_scale.checksums import ALGORITHMS, BLOCK, algorithm_of, checksum_bytes, checksum_file, default_algorithm
 from repa_scale.errors import DataError
+from repa_scale.files import sync_folder, write_atomically
 
 FORMAT_VERSION = 2  # 1 had no checksum of the manifest itself
 KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
@@ -148,16 +149,6 @@ def quarantine(folder: Path, reason: str) -> Path:
     return target
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """The file holds the old text or the new one, never a part, whatever dies."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints that have a manifest, oldest first."""
     return [path for path in list_folders(folder) if (path / MANIFEST).is_file()]
@@ -269,15 +260,6 @@ class CheckpointReader:
             except (OSError, SafetensorError) as error:
                 raise DataError(f"{self.folder / name} cannot be read ({error}); use an older checkpoint") from None
         return self._open_files[name]
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _seal_holds(text: bytes) -> bool:

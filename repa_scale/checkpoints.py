@@ -1,4 +1,4 @@
-"""`repa-scale checkpoints RUN`: lists a run's checkpoints, verifies them, deletes what need not stay."""
+"""`repa-scale checkpoints RUN`: lists a run's checkpoints, verifies, deletes, uploads or restores them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from repa_scale.checkpoint import QUARANTINE, REASON, CheckpointReader, list_folders
+from repa_scale.checkpoint import QUARANTINE, REASON, CheckpointReader, list_checkpoints, list_folders
 from repa_scale.config import CheckpointConfig
 from repa_scale.errors import DataError, ExitCode, UserError
 
@@ -35,6 +35,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--prune", action="store_true", help="verify, then delete all but those that --keep names")
     parser.add_argument("--keep-last", type=int, default=3, metavar="N", help="with --prune: the newest N stay (3)")
     parser.add_argument("--keep-every", type=int, default=0, metavar="N", help="and those at multiples of N steps")
+    parser.add_argument("--upload", default="", metavar="URL", help="copy the newest to s3://bucket/folder, say")
+    parser.add_argument("--restore", default="", metavar="URL", help="fetch the newest from there, where RUN has none")
     parser.add_argument("--best", default="", metavar="METRIC", help="and the one with the least METRIC, such as loss")
     args = parser.parse_args(argv)
     if args.keep_last < 1 or args.keep_every < 0:
@@ -42,6 +44,8 @@ def main(argv: list[str]) -> int:
             f"--keep-last={args.keep_last} must be 1 or more and --keep-every 0 or more; nothing was deleted"
         )
     folder = args.run / "checkpoints"
+    if args.restore:
+        _restore(args.run, args.restore)
     if not folder.is_dir():
         raise UserError(
             f"{args.run} has no checkpoints/ and so is not a run folder; give the run.dir of a training run"
@@ -50,6 +54,8 @@ def main(argv: list[str]) -> int:
     show(lines, verified=args.verify or args.prune)
     if args.prune:
         _prune(args, folder, lines)
+    if args.upload:
+        _upload(args.run, args.upload)
     broken = [line for line in lines if line.problem and not line.aside]
     return ExitCode.BAD_INPUT if broken else ExitCode.COMPLETED
 
@@ -89,6 +95,24 @@ def _line(path: Path, contents: bool) -> Line:
         return Line(path.name, _size(path), "?", str(error), aside=False)
     problems = reader.problems(contents)
     return Line(path.name, _size(path), str(reader.manifest.get("world_size", "?")), "; ".join(problems), aside=False)
+
+
+def _upload(run: Path, url: str) -> None:
+    from repa_scale.checkpoint_store import open_store, upload_newest
+
+    with open_store(run, url, "--upload") as store:
+        name = upload_newest(run, store)
+    print(f"{url} has {name}, read back and verified" if name else "there is no checkpoint to upload")
+
+
+def _restore(run: Path, url: str) -> None:
+    from repa_scale.checkpoint_store import open_store, restore_newest
+
+    if (run / "checkpoints").exists() and list_checkpoints(run / "checkpoints"):
+        raise UserError(f"{run} has checkpoints, so nothing is fetched into it; name another folder")
+    with open_store(run, url, "--restore") as store:
+        name = restore_newest(run, store)
+    print(f"fetched {name} from {url}" if name else f"{url} has no checkpoint")
 
 
 def _prune(args: argparse.Namespace, folder: Path, lines: list[Line]) -> None:

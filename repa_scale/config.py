@@ -127,6 +127,9 @@ class CheckpointConfig:
     keep_last: int = 0  # the newest N stay, the others are deleted; 0: all stay
     keep_every: int = 0  # those at multiples of N steps stay as well; 0: none
     best: str = ""  # the one with the least `loss`, say, stays as well; empty: none
+    upload: str = (
+        ""  # a URL such as s3://bucket/run, where the newest is copied to; a start without a checkpoint uses it
+    )
 
 
 @dataclass
@@ -160,6 +163,7 @@ class TrackingConfig:
 
     uri: str = "sqlite:///mlflow.db"  # `none`: off
     experiment: str = "repa_scale"
+    tensorboard: bool = False  # the same numbers and pictures to RUN/tensorboard as well
 
 
 @dataclass

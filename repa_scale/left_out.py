@@ -6,8 +6,8 @@ import json
 import time
 from pathlib import Path
 
-from repa_scale.checkpoint import write_atomically
 from repa_scale.errors import UserError
+from repa_scale.files import write_atomically
 from repa_scale.windows import Window, parse_windows
 
 FILE = "left_out.json"

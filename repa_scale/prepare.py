@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from repa_scale.data.batches import decode, open_dataset
-from repa_scale.data.bucket import Bucket, is_url, remove_scratch, scratch_for
+from repa_scale.data.bucket import Bucket, remove_scratch, scratch_for
 from repa_scale.data.check import balance, check_set
 from repa_scale.data.dataset import DataSet
 from repa_scale.data.ingest import Encoded, encode, ingest, parts_of
@@ -24,6 +24,7 @@ from repa_scale.data.recipe import Recipe
 from repa_scale.data.sources import Source, open_source, take
 from repa_scale.errors import ConfigError, DataError, ExitCode, UserError
 from repa_scale.features import FeatureNetworks, parse_network, plan_features
+from repa_scale.object_store import is_url
 from repa_scale.pictures import save_sheet
 from repa_scale.ranks import Ranks
 

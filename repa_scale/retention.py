@@ -8,9 +8,10 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-from repa_scale.checkpoint import CheckpointReader, list_checkpoints, sync_folder
+from repa_scale.checkpoint import CheckpointReader, list_checkpoints
 from repa_scale.config import CheckpointConfig
 from repa_scale.errors import DataError
+from repa_scale.files import sync_folder
 
 log = logging.getLogger("repa_scale")
 

@@ -10,8 +10,9 @@ import threading
 import time
 from pathlib import Path
 
-from repa_scale.checkpoint import list_checkpoints, write_atomically
+from repa_scale.checkpoint import list_checkpoints
 from repa_scale.errors import ConfigError, UserError
+from repa_scale.files import write_atomically
 from repa_scale.lease import holder_now, look, read_lease, take_lease
 
 HEARTBEAT_SECONDS = 10.0

@@ -59,6 +59,7 @@ class Saver:
     Args:
         folder: `RUN/checkpoints`.
         incident: called on rank 0 with (kind, facts) when a save fails.
+        published: called on rank 0 when a checkpoint is complete.
     """
 
     def __init__(
@@ -69,9 +70,10 @@ class Saver:
         folder: Path,
         policy: CheckpointConfig,
         incident: Callable[..., None] = lambda kind, **facts: None,
+        published: Callable[[], None] = lambda: None,
     ) -> None:
         self.engine, self.ema, self.ranks, self.folder, self.policy = engine, ema, ranks, folder, policy
-        self.incident = incident
+        self.incident, self.published = incident, published
         self.verified: set[str] = set()
         self._host: list[dict[str, Tensor]] = []
         self._store = ranks.store()
@@ -190,6 +192,7 @@ class Saver:
             return
         self.verified.add(step_folder(job.step))
         log.info("saved %s", self.folder / step_folder(job.step))
+        self.published()
 
     def _entry(self, key: str, rank: int) -> dict:
         """What `rank` says of its file."""

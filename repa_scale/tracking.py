@@ -20,9 +20,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from repa_scale.checkpoint import write_atomically
 from repa_scale.config import Config
 from repa_scale.errors import UserError, reason
+from repa_scale.files import write_atomically
 from repa_scale.redact import redacted
 from repa_scale.run_folder import read_status
 
@@ -54,22 +54,56 @@ class Tracker:
         """Sends what is left, for at most FINISH_SECONDS, and closes the MLflow run as `state` of status.json."""
 
 
+class Trackers(Tracker):
+    """Several, each told the same."""
+
+    def __init__(self, trackers: list[Tracker]) -> None:
+        self.trackers = trackers
+
+    def log(self, step: int, metrics: dict[str, float], time: float) -> None:
+        for tracker in self.trackers:
+            tracker.log(step, metrics, time)
+
+    def log_artifact(self, path: Path, folder: str) -> None:
+        for tracker in self.trackers:
+            tracker.log_artifact(path, folder)
+
+    def finish(self, state: str) -> None:
+        for tracker in self.trackers:
+            tracker.finish(state)
+
+
+def check_installed(config: Config) -> None:
+    """Raises `UserError` where what `tracking` asks for is not installed; every rank finds the same."""
+    if config.tracking.uri not in ("", "none") and importlib.util.find_spec("mlflow") is None:
+        raise UserError(
+            "mlflow is not installed; install it with: pip install 'repa-scale[track]', or tracking.uri=none"
+        )
+    if config.tracking.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError(
+            "tensorboard is not installed; install it with: pip install 'repa-scale[tensorboard]', "
+            "or tracking.tensorboard=false"
+        )
+
+
 def open_tracker(config: Config, run_dir: Path, tags: dict[str, str], dataset: Any) -> Tracker:
-    """The tracker that `tracking.uri` asks for. Reaching the server is left to its thread.
+    """The tracker that `tracking.uri` and `tracking.tensorboard` ask for. Reaching a server is left to a thread.
 
     Args:
         tags: of the MLflow run.
         dataset: repa_scale.data.dataset.DataSet, for the dataset input.
-
-    Raises:
-        UserError: MLflow is not installed.
     """
+    mlflow = _open_mlflow(config, run_dir, tags, dataset)
+    if not config.tracking.tensorboard:
+        return mlflow
+    from repa_scale.tensorboard_sink import TensorBoardTracker
+
+    return Trackers([mlflow, TensorBoardTracker(run_dir)])
+
+
+def _open_mlflow(config: Config, run_dir: Path, tags: dict[str, str], dataset: Any) -> Tracker:
     if config.tracking.uri in ("", "none"):
         return Tracker()
-    if importlib.util.find_spec("mlflow") is None:
-        raise UserError(
-            "mlflow is not installed; install it with: pip install 'repa-scale[track]', or tracking.uri=none"
-        )
     return MlflowTracker(config, run_dir, tags, dataset)
 
 
@@ -245,23 +279,23 @@ class MlflowTracker(Tracker):
             return
         if file.stat().st_size < self._cursor["sent_bytes"]:  # another file than the one that was sent
             self._cursor["sent_bytes"] = 0
-        with file.open("rb") as stream:
-            stream.seek(self._cursor["sent_bytes"])
-            data = stream.read()
-        whole = data[: data.rfind(b"\n") + 1]  # the last line may be half written
         points: list[Metric] = []
         sent = self._cursor["sent_bytes"]
-        for line in whole.splitlines(keepends=True):
-            sent += len(line)
-            try:
-                row = json.loads(line)
-                stamp, step = int(row["time"] * 1000), int(row["step"])
-            except (ValueError, KeyError, TypeError):  # torn by a full disk, say: readers of the file skip it too
-                continue
-            points += [Metric(_key(key), value, stamp, step) for key, value in numbers(row).items()]
-            if len(points) > POINTS - 100:
-                self._flush(points, sent)
-                points = []
+        with file.open("rb") as stream:  # a line at a time: an outage of days is no matter of memory
+            stream.seek(sent)
+            for line in stream:
+                if not line.endswith(b"\n"):  # half written
+                    break
+                sent += len(line)
+                try:
+                    row = json.loads(line)
+                    stamp, step = int(row["time"] * 1000), int(row["step"])
+                except (ValueError, KeyError, TypeError):  # torn by a full disk, say: readers of the file skip it too
+                    continue
+                points += [Metric(_key(key), value, stamp, step) for key, value in numbers(row).items()]
+                if len(points) > POINTS - 100:
+                    self._flush(points, sent)
+                    points = []
         if sent != self._cursor["sent_bytes"]:
             self._flush(points, sent)
 

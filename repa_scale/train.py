@@ -66,7 +66,9 @@ def run(config) -> ExitCode:
     validate(config, ranks.world_size)
     from repa_scale.alignment import check_kernel
     from repa_scale.data.dataset import check_dataset, open_configured
+    from repa_scale.tracking import check_installed
 
+    check_installed(config)
     check_kernel(config, ranks.device)
     dataset = open_configured(config.data)
     check_dataset(dataset, config.model.num_classes, config.data.image_size, config.train.global_batch)
@@ -192,6 +194,8 @@ def _join(config, ranks, identity: dict, yaml: str, checkpoint_bytes: int):
         try:
             path = Path(config.run.dir)
             require_disk_space(path, checkpoint_bytes)
+            if config.checkpoint.upload and config.run.resume != "never":
+                _restore(path, config.checkpoint.upload, identity)
             folder = open_run(path, identity, yaml, config.run.resume)
             folder.start()
         except UserError as error:
@@ -200,6 +204,24 @@ def _join(config, ranks, identity: dict, yaml: str, checkpoint_bytes: int):
     if refusal is not None:
         raise refusal
     return folder
+
+
+def _restore(path: Path, url: str, identity: dict) -> None:
+    """Into a run folder without a checkpoint: the newest that an earlier machine uploaded, if any."""
+    from repa_scale.checkpoint import list_checkpoints
+    from repa_scale.checkpoint_store import open_store, restore_newest
+    from repa_scale.lease import live_holder
+    from repa_scale.run_folder import check_identity
+    from repa_scale.uploads import KEY
+
+    check_identity(path, identity)
+    if list_checkpoints(path / "checkpoints") or live_holder(path):
+        return
+    try:
+        with open_store(path, url, KEY) as store:
+            restore_newest(path, store, identity["keys"])
+    except OSError as error:
+        raise UserError(f"run.dir={path}: the checkpoint of {KEY}={url} cannot be written there ({error})") from None
 
 
 def count_parameters(config) -> int:

@@ -41,9 +41,11 @@ from repa_scale.schedules import learning_rate
 from repa_scale.state import describe_state, load_state, newest_verified, set_initial
 from repa_scale.stragglers import LOCAL_PHASES, Stragglers
 from repa_scale.tracking import Tracker
+from repa_scale.uploads import Uploads
 from repa_scale.watchdog import Watchdog
 from repa_scale.windows import Window, batch_number
 
+UPLOAD_SECONDS = 900.0  # how long the end of a run waits for its last checkpoint to be uploaded
 WAIT_SHARE = 0.02  # of a step, waiting for data, above which a warning is due
 log = logging.getLogger("repa_scale")
 
@@ -104,7 +106,16 @@ class Trainer:
         self.interpolant = Interpolant(config.interpolant.path)
         self.quarantine = Quarantine(dataset.count, config.data.max_bad)
         self._waits_told = False
-        self.saver = Saver(self.engine, self.ema, ranks, self.checkpoints, config.checkpoint, self._incident)
+        self.uploads = Uploads(run.path, config.checkpoint.upload, self._incident) if run else None
+        self.saver = Saver(
+            self.engine,
+            self.ema,
+            ranks,
+            self.checkpoints,
+            config.checkpoint,
+            self._incident,
+            self.uploads.published if run else lambda: None,
+        )
         self.judge = Judge(config.health, config.train.precision)
         self.left_out = LeftOut(Path(config.run.dir), config.health.leave_out)
         self.stragglers = Stragglers(ranks.gather_objects(platform.node()))
@@ -179,6 +190,8 @@ class Trainer:
         self.attempt += 1
         # In this order: a start that dies in between meets the window once more, and nothing is left out twice.
         done = self.resume(before=window.step)
+        if self.uploads is not None:
+            self.uploads.published()
         self.left_out.add(window, "not finite or a spike", write=self.ranks.is_main)
         self._incident("rollback", step=window.step, to_step=done, left_out=[window.first, window.last])
         self._means, self._since_log = {}, []
@@ -416,11 +429,16 @@ class Trainer:
         if self.run is not None:
             self.tracker.log_artifact(self.checkpoints / step_folder(step) / MANIFEST, "checkpoint")
             self.tracker.finish(state)
+            self.uploads.finish(self._patience(state))
             self.run.close(state, step, reason)
             log.info("%s at step %d of %d: %s", state, step, self.config.train.steps, reason or self.run.path)
         self.ranks.barrier()
         self.watchdog.close()
         return code
+
+    def _patience(self, state: str) -> float:
+        """Seconds that the end of the run may wait for an upload: not beyond the grace of a run that has to stop."""
+        return UPLOAD_SECONDS if state != "preempted" else self.config.health.grace_seconds / 2 - self.stop.seconds
 
     def _mean_seconds(self) -> dict[str, float]:
         """Seconds of each phase, averaged over the steps since the last row, and the rate that follows from them."""

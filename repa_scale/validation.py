@@ -77,6 +77,10 @@ def validate(config: Config, world_size: int) -> None:
     _one_of("alignment.kernel", config.alignment_kernel, KERNELS)
     for key in POSITIVE:
         _at_least(key, _value(config, key), 0, exclusive=True)
+    if config.checkpoint.upload and "://" not in config.checkpoint.upload:
+        raise ConfigError(
+            f"checkpoint.upload={config.checkpoint.upload} is no URL; give one such as s3://bucket/runs/xl"
+        )
     for key in NOT_NEGATIVE:
         _at_least(key, _value(config, key), 0)
     parse_windows(config.health.leave_out)

@@ -17,9 +17,9 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-from repa_scale.checkpoint import write_atomically
 from repa_scale.config import HealthConfig
 from repa_scale.errors import ExitCode
+from repa_scale.files import write_atomically
 from repa_scale.ranks import Ranks
 from repa_scale.run_folder import RunFolder, read_status
 

@@ -119,7 +119,7 @@ def test_a_bucket_with_something_else_or_none_at_all(source, bucket, tmp_path):
 
 def test_a_store_that_goes_away_is_one_line_and_the_same_command_goes_on(source, bucket, tmp_path, monkeypatch):
     """The server is killed after the first part, and comes back empty: a set whose parts are gone is begun anew."""
-    monkeypatch.setattr("repa_scale.data.bucket.RETRIES", 1)
+    monkeypatch.setattr("repa_scale.object_store.RETRIES", 1)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     put = Bucket.put_part
 

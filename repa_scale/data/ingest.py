@@ -13,8 +13,6 @@ import io
 import json
 import os
 import shutil
-import signal
-import threading
 import time
 import warnings
 from collections import Counter, deque
@@ -34,11 +32,13 @@ from PIL import Image, UnidentifiedImageError
 from repa_scale import __version__, torchvision_fix
 from repa_scale.data.crop import center_crop
 from repa_scale.data.decode import rgb
-from repa_scale.data.manifest import FORMAT_VERSION, MANIFEST, data_fingerprint, link, write_file
+from repa_scale.data.manifest import FORMAT_VERSION, MANIFEST, data_fingerprint
 from repa_scale.data.mds import read_index, verify_shard
 from repa_scale.data.recipe import SHARD_BYTES, Recipe
 from repa_scale.data.sources import Item, Source
 from repa_scale.errors import DataError, UserError, require
+from repa_scale.files import link, write_durably
+from repa_scale.processes import depend_on
 
 WORK = ".prepare"
 FEATURE_BATCH = 32  # images that go through the networks together
@@ -175,7 +175,7 @@ def _make_parts(
 ) -> list[tuple[int, dict[str, Any]]]:
     """Makes this rank's parts that are not there yet; returns number and done.json of each."""
     made = []
-    with ProcessPoolExecutor(workers, get_context("fork"), initializer=_depend, initargs=(os.getpid(),)) as pool:
+    with ProcessPoolExecutor(workers, get_context("fork"), initializer=depend_on, initargs=(os.getpid(),)) as pool:
         writer = _PartWriter(source, recipe, pool, IN_FLIGHT * workers, progress, features)
         for number, items in parts_of(source, recipe, group):
             folder = out / WORK / f"part_{number:05d}"
@@ -238,7 +238,7 @@ def _claim(out: Path, job: dict[str, Any]) -> None:
     if out.exists() and any(entry.name != WORK for entry in out.iterdir()):
         raise DataError(f"--out {out} is not empty; choose another folder")
     (out / WORK).mkdir(parents=True, exist_ok=True)
-    write_file(state, json.dumps(job).encode())
+    write_durably(state, json.dumps(job).encode())
 
 
 def _finished(folder: Path) -> dict[str, Any] | None:
@@ -290,7 +290,7 @@ class _PartWriter:
             "quarantined": quarantined,
             "shards": rows,
         }
-        write_file(folder / "done.json", json.dumps(done).encode())
+        write_durably(folder / "done.json", json.dumps(done).encode())
         return done
 
     def _samples(self, items: list[Item]) -> Iterator[tuple[Item, dict[str, bytes] | str]]:
@@ -397,7 +397,7 @@ def _assemble(
     if not rows:
         first = quarantined[0]
         raise DataError(f"not one image of {source.name} could be read: {first['name']}: {first['reason']}")
-    write_file(out / "index.json", json.dumps({"version": 2, "shards": rows}).encode())
+    write_durably(out / "index.json", json.dumps({"version": 2, "shards": rows}).encode())
     shards = read_index(out)
     manifest = {
         "format_version": FORMAT_VERSION,
@@ -413,7 +413,7 @@ def _assemble(
         "quarantined": quarantined,
         "versions": {"repa_scale": __version__, "pillow": Image.__version__, **_versions(recipe)},
     }
-    write_file(out / MANIFEST, json.dumps(manifest, indent=1).encode())
+    write_durably(out / MANIFEST, json.dumps(manifest, indent=1).encode())
     if store is not None:
         store.put_files(out, ["index.json", MANIFEST])
     shutil.rmtree(out / WORK)
@@ -426,15 +426,3 @@ def _versions(recipe: Recipe) -> dict[str, str]:
 
     names = ("mosaicml-streaming", *(("torch", "timm", "diffusers") if recipe.features else ()))
     return {name: version(name) for name in names}
-
-
-def _depend(parent: int) -> None:
-    """A worker leaves Ctrl-C to the process that asked for it, and ends when that one is gone, however it went."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.2)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -61,35 +59,3 @@ def data_fingerprint(recipe: dict[str, Any], class_names: list[str], shards: lis
 def digest_of(value: Any) -> str:
     """SHA-256 of a JSON value, independent of the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Writes a file that is there whole or not at all, also after a power cut."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-def link(origin: Path, target: Path) -> None:
-    """The file under a second name, which is replaced."""
-    target.unlink(missing_ok=True)
-    try:
-        os.link(origin, target)
-    except OSError:  # a file system without links
-        shutil.copyfile(origin, target)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames in `folder` durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
