@@ -42,7 +42,7 @@ def test_values_come_back_as_the_stored_type_rounds_them(dtype):
     values = torch.randn(3, 6, 40) * 30
     one = stored(dtype)
     packed = one.pack(values)
-    back = torch.stack([one.unpack(data) for data in packed])
+    back = torch.stack([one.unpack_one(data, "x") for data in packed])
     kind = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
     assert torch.equal(back, values.to(kind)) and {len(data) for data in packed} == {one.bytes}
 
@@ -54,7 +54,7 @@ def test_int8_keeps_the_direction_of_a_token():
     values[:, 2] = 0
     one = stored("int8")
     packed = one.pack(values)
-    back = torch.stack([one.unpack(data) for data in packed])
+    back = torch.stack([one.unpack_one(data, "x") for data in packed])
     assert [len(data) for data in packed] == [6 * 40 + 6 * 4] * 4 and one.bytes == 264
     assert ((back - values).abs() <= values.abs().amax(dim=2, keepdim=True) / 254 * 1.0001).all()
     assert torch.equal(back[:, 2], values[:, 2])
@@ -70,7 +70,7 @@ def test_what_is_not_finite_is_not_stored():
 
 def test_a_feature_of_another_size_is_damage():
     with pytest.raises(DataError, match=r"sample 3: tokens.effnet-lite0 has 5 bytes instead of 480"):
-        stored("bf16").unpack(b"12345", "sample 3")
+        stored("bf16").unpack_one(b"12345", "sample 3")
 
 
 @pytest.fixture(scope="module")
@@ -162,10 +162,10 @@ def test_features_are_of_the_pixels_before_encoding_and_of_their_mirror(cached, 
         assert not np.array_equal(decode(row["image"]), crop)
         for suffix, pixels in (("", crop), (FLIPPED, crop[:, ::-1].copy())):
             (wanted,) = maker(pixels[None])
-            exact = [one.unpack(wanted[one.column]).float() for one in maker.stored]
-            back = moments.unpack(row[moments.column + suffix]).float()
+            exact = [one.unpack_one(wanted[one.column], "x").float() for one in maker.stored]
+            back = moments.unpack_one(row[moments.column + suffix], "x").float()
             assert (back - exact[0]).abs().max() <= 2**-11 * exact[0].abs().max() + 1e-5
-            back = tokens.unpack(row[tokens.column + suffix]).float()
+            back = tokens.unpack_one(row[tokens.column + suffix], "x").float()
             assert torch.nn.functional.cosine_similarity(back, exact[1], dim=-1).min() > 0.999
     assert dataset.manifest["recipe"]["flip"] is True and moments.weights == "vae"
     assert main(["--check", str(cached / "jpeg")]) == 0
@@ -178,7 +178,7 @@ def test_the_int8_error_of_the_real_encoder(source):
     values = encoder(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)).float()
     for dtype, limit in (("int8", 2e-4), ("bf16", 5e-6), ("fp16", 1e-6)):
         one = stored(dtype, tuple(values.shape[1:]))
-        back = torch.stack([one.unpack(data).float() for data in one.pack(values)])
+        back = torch.stack([one.unpack_one(data, "x").float() for data in one.pack(values)])
         error = 1 - torch.nn.functional.cosine_similarity(back.double(), values.double(), dim=-1)
         assert error.max() < limit, (dtype, float(error.max()))
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FuturesTimeoutError
 
 import torch
 from torch.utils.data import DataLoader
@@ -62,21 +65,43 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         """Raises `DataError` where samples in a row cannot be read or no batch comes for a long time, `RuntimeError`
         where a worker was killed."""
+        if not self._steps.dataset.cached.pictures:  # nothing to decode: threads read faster than processes hand over
+            return ahead(iter(Onwards(self._start)), self._read(), max(1, self._workers))
         batches = self._loaded()
         if self._steps.decoder == "pillow" and self._device.type == "cpu":
             return batches
         return one_ahead(batches, self._finish())
 
+    def _read(self) -> Callable[[int], Batch]:
+        """Reading a step's features and the copy to the device, in any thread."""
+        onwards = self._onto_device()
+        copies = threading.local()  # a reader's open files are one thread's own
+
+        def read(step: int) -> Batch:
+            if not hasattr(copies, "steps"):
+                copies.steps = pickle.loads(pickle.dumps(self._steps))
+            batch = copies.steps[step]
+            if isinstance(batch, Failure):
+                raise DataError(batch.reason)
+            return onwards(batch.pin_memory() if self._device.type == "cuda" else batch)
+
+        return read
+
     def _finish(self) -> Callable[[Batch | Encoded], Batch]:
         """Decoding and the copy to the device, as one step of work for a thread of its own."""
         share, device = self._steps.share, self._device
         decoder = DaliDecoder(share, self._workers, device) if self._steps.decoder == "dali" else None
+        return self._onto_device(lambda encoded: self._steps.finish(encoded, decoder))
+
+    def _onto_device(self, decode: Callable[[Encoded], Batch] | None = None) -> Callable[[Batch | Encoded], Batch]:
+        """The copy of a batch, after decoding what is still encoded; on a GPU on a stream of its own."""
+        device = self._device
         side = torch.cuda.Stream(device) if device.type == "cuda" else None
 
         def finish(batch: Batch | Encoded) -> Batch:
             with torch.cuda.stream(side) if side else contextlib.nullcontext():
                 if isinstance(batch, Encoded):
-                    batch = self._steps.finish(batch, decoder)
+                    batch = decode(batch)
                 batch = batch.to(device)
             if side:
                 side.synchronize()  # of this thread alone: the training goes on meanwhile
@@ -129,6 +154,22 @@ class Batches:
                 if worker.is_alive():
                     worker.kill()
         self._stream = None
+
+
+def ahead(steps: Iterator[int], read: Callable[[int], Batch], threads: int) -> Iterator[Batch]:
+    """The batches of steps, in order, read by threads: one each, and one more, are held at a time."""
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="feeding")
+    try:
+        coming = deque(pool.submit(read, next(steps)) for _ in range(threads + 1))
+        while True:
+            try:
+                batch = coming.popleft().result(PATIENCE)
+            except FuturesTimeoutError:
+                raise DataError(f"no batch came for {PATIENCE:.0f} s; is the disk of the data still there?") from None
+            coming.append(pool.submit(read, next(steps)))
+            yield batch
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def one_ahead(batches: Iterator, work: Callable) -> Iterator:

@@ -103,7 +103,7 @@ def _problems_of(dataset: DataSet, number: int, row: dict, stored: list[Stored],
         for column in one.columns(flip):
             kind = "of the mirrored picture " if column.endswith(FLIPPED) else ""
             try:
-                if not torch.isfinite(one.unpack(row[column], name).float()).all():
+                if not torch.isfinite(one.unpack_one(row[column], name).float()).all():
                     problems.append(f"{name}: its {one.kind} of {one.network} {kind}are not finite")
             except KeyError:
                 problems.append(f"{name}: its {one.kind} of {one.network} {kind}are missing")

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -82,21 +81,23 @@ class Stored:
             packed = [row.tobytes() for row in raw]
         return [data if good else None for data, good in zip(packed, finite.tolist(), strict=True)]
 
-    def unpack(self, data: bytes, what: str = "a sample") -> Tensor:
-        """Bytes of one image -> its values, in the stored dtype; int8 becomes fp32.
+    def unpack(self, raw: Tensor) -> Tensor:
+        """(N, bytes) uint8 -> (N, *shape), in the stored dtype; int8 becomes fp32."""
+        if self.dtype == "int8":
+            head = SCALE_BYTES * self.shape[0]
+            scale = raw[:, :head].contiguous().view(torch.float32)
+            return raw[:, head:].contiguous().view(torch.int8).view(-1, *self.shape) * scale[:, :, None]
+        return raw.view(DTYPES[self.dtype]).view(-1, *self.shape)
+
+    def unpack_one(self, data: bytes, what: str) -> Tensor:
+        """The bytes of one image -> its values.
 
         Raises:
             DataError: another number of bytes.
         """
         if len(data) != self.bytes:
             raise DataError(f"{what}: {self.column} has {len(data)} bytes instead of {self.bytes}; prepare it again")
-        if self.dtype == "int8":
-            tokens = self.shape[0]
-            scale = np.frombuffer(data, "<f4", tokens).reshape(tokens, 1)
-            body = np.frombuffer(data, np.int8, offset=SCALE_BYTES * tokens).reshape(self.shape)
-            return torch.from_numpy(body * scale)
-        raw = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        return raw.view(DTYPES[self.dtype]).view(self.shape)
+        return self.unpack(torch.frombuffer(bytearray(data), dtype=torch.uint8)[None])[0]
 
 
 def column_of_tokens(encoder: str) -> str:
@@ -134,16 +135,27 @@ class Cached:
     tokens: tuple[Stored, ...] = ()
     pictures: bool = True
 
-    def read(self, row: dict[str, Any], what: str, flipped: bool = False) -> dict[str, Tensor]:
-        """Of one sample by column: moments (2C, h, w) fp32; tokens (T, z) as stored, or fp32 where that is int8."""
-        values = {one.column: one.unpack(row[_column(one, flipped)], what) for one in self.tokens}
+    @property
+    def stored(self) -> tuple[Stored, ...]:
+        return self.tokens if self.moments is None else (self.moments, *self.tokens)
+
+    def buffers(self, count: int) -> dict[str, Tensor]:
+        """(count, bytes) uint8 by column, for the bytes of a batch as they are stored."""
+        return {one.column: torch.empty(count, one.bytes, dtype=torch.uint8) for one in self.stored}
+
+    def places(self, buffers: dict[str, Tensor], row: int, flipped: bool) -> dict[str, memoryview]:
+        """Where each stored column of the sample in `row` belongs."""
+        return {
+            one.column + (FLIPPED if flipped else ""): memoryview(buffers[one.column][row].numpy())
+            for one in self.stored
+        }
+
+    def values(self, buffers: dict[str, Tensor]) -> dict[str, Tensor]:
+        """By column: moments (N, 2C, h, w) fp32; tokens (N, T, z) as stored, or fp32 where that is int8."""
+        values = {one.column: one.unpack(buffers[one.column]) for one in self.stored}
         if self.moments is not None:
-            values["moments"] = self.moments.unpack(row[_column(self.moments, flipped)], what).float()
+            values["moments"] = values["moments"].float()
         return values
-
-
-def _column(stored: Stored, flipped: bool) -> str:
-    return stored.column + FLIPPED if flipped else stored.column
 
 
 def choose_features(

@@ -13,7 +13,8 @@ import os
 import resource
 import struct
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,13 +113,31 @@ class MdsReader:
         return self._starts[-1]
 
     def __getitem__(self, number: int) -> dict[str, Any]:
+        """`read` of everything."""
+        return self.read(number, {})
+
+    def read(self, number: int, into: Mapping[str, memoryview]) -> dict[str, Any]:
         """The columns of sample `number`, in [0, len).
+
+        Args:
+            into: columns whose bytes are read to where they are wanted, without a copy; they are not returned.
 
         Raises:
             DataError: the shard is missing or does not hold what the index promises.
         """
         which, row = self.locate(number)
-        return self._shard(which).sample(row)
+        return self._shard(which).sample(row, into)
+
+    def will_need(self, numbers: Iterable[int]) -> None:
+        """Has the disk begin with all of these samples, which are read one after the other next."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for number in numbers:
+            which, row = self.locate(number)
+            with suppress(DataError):  # it is told when the sample is read
+                shard = self._shard(which)
+                begin, end = int(shard.offsets[row]), int(shard.offsets[row + 1])
+                os.posix_fadvise(shard.file, begin, end - begin, os.POSIX_FADV_WILLNEED)
 
     def locate(self, number: int) -> tuple[int, int]:
         """Number of the shard that holds sample `number`, and the sample's row in it."""
@@ -197,8 +216,11 @@ class OpenShard:
         self.read_sizes = struct.Struct(f"<{self.head_length // 4}I").unpack_from
         self.decoders = [(name, DECODERS[encoding], size) for name, encoding, size in shard.columns]
 
-    def sample(self, row: int) -> dict[str, Any]:
+    def sample(self, row: int, into: Mapping[str, memoryview]) -> dict[str, Any]:
+        """See MdsReader.read."""
         begin, end = int(self.offsets[row]), int(self.offsets[row + 1])
+        if into:
+            return self._sample_into(row, begin, end, into)
         data = os.pread(self.file, end - begin, begin)
         if len(data) < max(end - begin, self.head_length):
             raise self._damaged(f"it ends inside row {row}")
@@ -213,6 +235,32 @@ class OpenShard:
             raise self._damaged(f"column {name!r} of row {row}: {error}") from None
         if at != len(data):
             raise self._damaged(f"the columns of row {row} do not add up")
+        return values
+
+    def _sample_into(self, row: int, begin: int, end: int, into: Mapping[str, memoryview]) -> dict[str, Any]:
+        head = os.pread(self.file, self.head_length, begin)
+        if len(head) < self.head_length:
+            raise self._damaged(f"it ends inside row {row}")
+        sizes = iter(self.read_sizes(head))
+        lengths = [next(sizes) if size is None else size for _, _, size in self.decoders]
+        if self.head_length + sum(lengths) != end - begin:
+            raise self._damaged(f"the columns of row {row} do not add up")
+        buffers = []
+        for (name, _, _), length in zip(self.decoders, lengths, strict=True):
+            buffers.append(into[name] if name in into else bytearray(length))
+            if len(buffers[-1]) != length:
+                raise DataError(
+                    f"{self.path}: row {row}: {name} has {length} bytes instead of {len(buffers[-1])}; prepare it again"
+                )
+        if os.preadv(self.file, buffers, begin + self.head_length) != sum(lengths):
+            raise self._damaged(f"it ends inside row {row}")
+        values = {}
+        for (name, decode, _), data in zip(self.decoders, buffers, strict=True):
+            if name not in into:
+                try:
+                    values[name] = decode(bytes(data))
+                except ValueError as error:
+                    raise self._damaged(f"column {name!r} of row {row}: {error}") from None
         return values
 
     def _damaged(self, what: str) -> DataError:

@@ -89,7 +89,6 @@ class Sample:
     number: int
     flipped: bool
     tried: int  # samples that could not be read at this position before
-    features: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -98,6 +97,7 @@ class Encoded:
 
     samples: list[Sample]
     index: Tensor
+    features: dict[str, Tensor]  # as they are stored: Cached.buffers
     bad: tuple[BadSample, ...]
 
     def pin_memory(self) -> Encoded:
@@ -135,20 +135,34 @@ class Steps(Dataset):
             self.dataset.reader.expect(lambda: self.order.shards_from(first))
             bad: list[BadSample] = []
             numbers = self.order.at(index).tolist()
-            places = zip(index.tolist(), numbers, self._flips(step, index), strict=True)
-            samples = [self.sample(position, number, flipped, bad) for position, number, flipped in places]
+            if not self.dataset.cached.pictures:  # nothing else to do meanwhile
+                self.dataset.reader.will_need(numbers)
+            features = self.dataset.cached.buffers(len(numbers))
+            flips = self._flips(step, index)
+            samples = [
+                self.sample(int(position), number, flipped, bad, self.dataset.cached.places(features, row, flipped))
+                for row, (position, number, flipped) in enumerate(zip(index, numbers, flips, strict=True))
+            ]
             if self.decoder == "dali" and self.dataset.cached.pictures:
-                return Encoded(samples, index, tuple(bad))
-            return self._batch(samples, index, bad)
+                return Encoded(samples, index, features, tuple(bad))
+            return self._batch(samples, index, features, bad)
         except UserError as error:
             return Failure(str(error))
 
     def sample(
-        self, position: int, number: int, flipped: bool, bad: list[BadSample], tried: int = 0, pixels: bool = False
+        self,
+        position: int,
+        number: int,
+        flipped: bool,
+        bad: list[BadSample],
+        places: dict[str, memoryview],
+        tried: int = 0,
+        pixels: bool = False,
     ) -> Sample:
         """The sample of a position, or what takes its place; what could not be read is appended to `bad`.
 
         Args:
+            places: where its features are read to.
             tried: samples that could not be read at this position before.
             pixels: decode here, also for `dali`.
 
@@ -158,7 +172,7 @@ class Steps(Dataset):
         while True:
             row: dict = {}
             try:
-                row = self.dataset.reader[number]
+                row = self.dataset.reader.read(number, places)
                 return self._read(row, number, flipped, tried, pixels or self.decoder == "pillow")
             except (DataError, OSError) as error:
                 reason = str(error) if isinstance(error, DataError) else f"it cannot be read ({error.strerror})"
@@ -189,9 +203,10 @@ class Steps(Dataset):
             bad.append(self.left_out(sample.number, sample.id, position, str(picture)))
             tried = sample.tried + 1
             number = replacement(position, tried, self.dataset.count, self.seed, self.dataset.fingerprint)
-            samples[i] = self.sample(position, number, sample.flipped, bad, tried, pixels=True)
+            places = self.dataset.cached.places(encoded.features, i, sample.flipped)
+            samples[i] = self.sample(position, number, sample.flipped, bad, places, tried, pixels=True)
             pictures[i] = torch.from_numpy(samples[i].image.copy()).to(device)
-        return self._assembled(torch.stack(pictures), samples, encoded.index, bad)
+        return self._assembled(torch.stack(pictures), samples, encoded.index, encoded.features, bad)
 
     def _where(self, number: int, name: str) -> str:
         return f"{self.dataset.path}: sample {number} ({name})"
@@ -208,8 +223,7 @@ class Steps(Dataset):
             image = self._pixels(row["image"], where) if pixels else row["image"]
             if pixels and flipped:
                 image = image[:, ::-1]
-        features = self.dataset.cached.read(row, where, flipped)
-        return Sample(image, row["label"], row["id"], row["name"], number, flipped, tried, features)
+        return Sample(image, row["label"], row["id"], row["name"], number, flipped, tried)
 
     def _pixels(self, data: bytes, where: str) -> np.ndarray:
         if not self.keep:
@@ -228,22 +242,28 @@ class Steps(Dataset):
             raise DataError(f"{where} is {picture.shape[1]} x {picture.shape[0]} pixels, not {size} x {size}")
         return picture
 
-    def _batch(self, samples: list[Sample], index: Tensor, bad: list[BadSample]) -> Batch:
+    def _batch(self, samples: list[Sample], index: Tensor, features: dict[str, Tensor], bad: list[BadSample]) -> Batch:
         size = self.dataset.image_size if self.dataset.cached.pictures else 0
         images = np.empty((len(samples), size, size, 3), np.uint8)
         if size:
             for i, sample in enumerate(samples):
                 images[i] = sample.image
-        return self._assembled(torch.from_numpy(images), samples, index, bad)
+        return self._assembled(torch.from_numpy(images), samples, index, features, bad)
 
-    def _assembled(self, images: Tensor, samples: list[Sample], index: Tensor, bad: list[BadSample]) -> Batch:
-        stacked = {name: torch.stack([sample.features[name] for sample in samples]) for name in samples[0].features}
+    def _assembled(
+        self,
+        images: Tensor,
+        samples: list[Sample],
+        index: Tensor,
+        features: dict[str, Tensor],
+        bad: list[BadSample],
+    ) -> Batch:
         return Batch(
             images.permute(0, 3, 1, 2),
             torch.tensor([sample.label for sample in samples]),
             torch.tensor([sample.id for sample in samples]),
             index,
-            stacked,
+            self.dataset.cached.values(features),
             tuple(bad),
         )
 
