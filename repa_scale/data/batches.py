@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader
 
 from repa_scale.data.dataset import DataSet, check_dataset, open_dataset
 from repa_scale.data.decode import DaliDecoder, decode
-from repa_scale.data.steps import Batch, Encoded, Failure, Onwards, Steps
+from repa_scale.data.slabs import Slabs
+from repa_scale.data.steps import Batch, Encoded, Failure, InSlab, Onwards, Steps
 from repa_scale.errors import DataError
 
 __all__ = ["Batch", "Batches", "DataSet", "check_dataset", "decode", "open_dataset"]
@@ -67,10 +68,17 @@ class Batches:
         where a worker was killed."""
         if not self._steps.dataset.cached.pictures:  # nothing to decode: threads read faster than processes hand over
             return ahead(iter(Onwards(self._start)), self._read(), max(1, self._workers))
+        if self._workers and self._steps.decoder == "pillow":
+            self._steps.slabs = Slabs(self._workers * PREFETCH + 1, self._steps.share, self._steps.dataset.image_size)
         batches = self._loaded()
         if self._steps.decoder == "pillow" and self._device.type == "cpu":
-            return batches
+            return map(self._taken, batches)
         return one_ahead(batches, self._finish())
+
+    def _taken(self, batch: Batch | InSlab) -> Batch:
+        """Before the next batch is asked for, which may use the slab again."""
+        pinned = self._device.type == "cuda"
+        return batch.taken(self._steps.slabs, pinned) if isinstance(batch, InSlab) else batch
 
     def _read(self) -> Callable[[int], Batch]:
         """Reading a step's features and the copy to the device, in any thread."""
@@ -93,15 +101,16 @@ class Batches:
         decoder = DaliDecoder(share, self._workers, device) if self._steps.decoder == "dali" else None
         return self._onto_device(lambda encoded: self._steps.finish(encoded, decoder))
 
-    def _onto_device(self, decode: Callable[[Encoded], Batch] | None = None) -> Callable[[Batch | Encoded], Batch]:
+    def _onto_device(
+        self, decode: Callable[[Encoded], Batch] | None = None
+    ) -> Callable[[Batch | InSlab | Encoded], Batch]:
         """The copy of a batch, after decoding what is still encoded; on a GPU on a stream of its own."""
         device = self._device
         side = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-        def finish(batch: Batch | Encoded) -> Batch:
+        def finish(batch: Batch | InSlab | Encoded) -> Batch:
             with torch.cuda.stream(side) if side else contextlib.nullcontext():
-                if isinstance(batch, Encoded):
-                    batch = decode(batch)
+                batch = decode(batch) if isinstance(batch, Encoded) else self._taken(batch)
                 batch = batch.to(device)
             if side:
                 side.synchronize()  # of this thread alone: the training goes on meanwhile
@@ -109,7 +118,7 @@ class Batches:
 
         return finish
 
-    def _loaded(self) -> Iterator[Batch | Encoded]:
+    def _loaded(self) -> Iterator[Batch | InSlab | Encoded]:
         loader = DataLoader(
             self._steps,
             sampler=Onwards(self._start),

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, SequentialSampler
+from torch.utils.data import Dataset, SequentialSampler, get_worker_info
 
 from repa_scale import rng
 from repa_scale.data import device_crop
@@ -22,6 +22,7 @@ from repa_scale.data.crop import center_crop
 from repa_scale.data.dataset import DataSet
 from repa_scale.data.decode import DaliDecoder, decode, rgb
 from repa_scale.data.order import Order
+from repa_scale.data.slabs import Slabs
 from repa_scale.errors import DataError, UserError
 
 
@@ -104,13 +105,46 @@ class Encoded:
         return self
 
 
+@dataclass(frozen=True)
+class InSlab:
+    """A batch on its way from a loader process: its pixels are in the slab of its step (slabs.py).
+
+    The rest is numpy: DataLoader hands each tensor over in shared memory of its own, which costs more than it holds.
+    """
+
+    step: int
+    labels: np.ndarray
+    ids: np.ndarray
+    index: np.ndarray
+    features: dict[str, Tensor]
+    bad: tuple[BadSample, ...]
+
+    def pin_memory(self) -> InSlab:
+        return self
+
+    def taken(self, slabs: Slabs, pinned: bool) -> Batch:
+        """The batch, with pixels of its own."""
+        if pinned:
+            images = torch.empty(slabs.shape, dtype=torch.uint8, pin_memory=True)
+            images.numpy()[:] = slabs[self.step]
+        else:
+            images = torch.from_numpy(slabs[self.step].copy())
+        numbers = (torch.from_numpy(array) for array in (self.labels, self.ids, self.index))
+        return Batch(images.permute(0, 3, 1, 2), *numbers, self.features, self.bad)
+
+
 class Steps(Dataset):
     """`[step]`, counted from 0 -> the batch of this rank.
 
     Args:
         decoder: `pillow`: batches of pixels come out; `dali`: bytes, for `finish`.
         flip: mirror each sample with probability one half, by (seed, step, position).
+
+    Attributes:
+        slabs: where loader processes put pixels; None: into each batch itself.
     """
+
+    slabs: Slabs | None = None
 
     def __init__(
         self,
@@ -128,7 +162,7 @@ class Steps(Dataset):
         self.share = global_batch // world
         self.offset = rank * self.share
 
-    def __getitem__(self, step: int) -> Batch | Encoded | Failure:
+    def __getitem__(self, step: int) -> Batch | InSlab | Encoded | Failure:
         first = step * self.global_batch + self.offset
         index = torch.arange(first, first + self.share)
         try:
@@ -145,7 +179,7 @@ class Steps(Dataset):
             ]
             if self.decoder == "dali" and self.dataset.cached.pictures:
                 return Encoded(samples, index, features, tuple(bad))
-            return self._batch(samples, index, features, bad)
+            return self._batch(step, samples, index, features, bad)
         except UserError as error:
             return Failure(str(error))
 
@@ -242,13 +276,23 @@ class Steps(Dataset):
             raise DataError(f"{where} is {picture.shape[1]} x {picture.shape[0]} pixels, not {size} x {size}")
         return picture
 
-    def _batch(self, samples: list[Sample], index: Tensor, features: dict[str, Tensor], bad: list[BadSample]) -> Batch:
+    def _batch(
+        self, step: int, samples: list[Sample], index: Tensor, features: dict[str, Tensor], bad: list[BadSample]
+    ) -> Batch | InSlab:
         size = self.dataset.image_size if self.dataset.cached.pictures else 0
+        if self.slabs is not None and get_worker_info() is not None:
+            self._fill(self.slabs[step], samples)
+            labels, ids = (np.array([getattr(sample, name) for sample in samples]) for name in ("label", "id"))
+            return InSlab(step, labels, ids, index.numpy(), self.dataset.cached.values(features), tuple(bad))
         images = np.empty((len(samples), size, size, 3), np.uint8)
         if size:
-            for i, sample in enumerate(samples):
-                images[i] = sample.image
+            self._fill(images, samples)
         return self._assembled(torch.from_numpy(images), samples, index, features, bad)
+
+    @staticmethod
+    def _fill(images: np.ndarray, samples: list[Sample]) -> None:
+        for place, sample in zip(images, samples, strict=True):
+            place[:] = sample.image
 
     def _assembled(
         self,
