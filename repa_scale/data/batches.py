@@ -7,6 +7,7 @@ sample follows from order.py, so ranks, workers and resumes change nothing.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import pickle
 import signal
@@ -127,7 +128,7 @@ class Batches:
             prefetch_factor=PREFETCH if self._workers else None,
             timeout=PATIENCE if self._workers else 0,
             multiprocessing_context="fork" if self._workers else None,
-            worker_init_fn=_leave_signals_to_the_parent,
+            worker_init_fn=functools.partial(_leave_signals_to_the_parent, os.getpid()),
             pin_memory=torch.cuda.is_available(),
         )
         with _stop_signals_held():  # the workers are forked here, and keep them held until they know what to do
@@ -209,7 +210,7 @@ def _stop_signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
+def _leave_signals_to_the_parent(parent: int, worker: int) -> None:
     """A job's stop signal often goes to all its processes, and the trainer needs batches until it has saved.
 
     The worker itself ends by its parent's word, or within a second when its parent is gone. DataLoader looks for that
@@ -219,7 +220,6 @@ def _leave_signals_to_the_parent(worker: int) -> None:
     if not hasattr(signal, "sigtimedwait"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         return
-    parent = os.getppid()
 
     def listen() -> None:
         while os.getppid() == parent:
