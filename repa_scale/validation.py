@@ -127,7 +127,10 @@ def batch_split(config: Config, world_size: int) -> tuple[int, int]:
 
 def _check_data(config: Config) -> None:
     if config.data.remote and config.data.path:
-        raise ConfigError(f"data.remote={config.data.remote} and data.path={config.data.path} name two sets; give one")
+        raise ConfigError(
+            f"data.remote={config.data.remote} and data.path={config.data.path} name two sets; give one "
+            "(data.path= takes a preset's away)"
+        )
     if not config.data.path and not config.data.remote:
         raise ConfigError("data.path is empty; give data.path=FOLDER, made by: repa-scale prepare SOURCE --out FOLDER")
     share(config.data.max_bad)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launching import SMALL, Launch, exact, train
 from s3_server import s3_server
 from test_data import equal, first_batches, many_shards
 
@@ -97,6 +98,22 @@ def test_a_store_and_a_fetcher_that_die_in_the_middle(s3_server, remote, many_sh
     revival.join()
     source.close()
     assert all(torch.equal(a.images, b["images"]) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.long
+def test_a_run_trains_from_a_store_that_goes_away(s3_server, remote, many_shards, tmp_path, limit):
+    """Two ranks, a cold cache smaller than the set, the server killed and started again: the bits of a local run."""
+    words = [*SMALL, "train.global_batch=32", f"train.steps={STEPS}", "method=baseline"]
+    local = train([*words, f"data.path={many_shards}"], tmp_path / "local")
+    cache = ["data.path=", f"data.remote={remote}", f"data.cache={tmp_path / 'cache'}", f"data.cache_limit={limit}"]
+    launch = Launch([*words, *cache], tmp_path / "run", **s3_server.environment)
+    launch.wait_for_step(5)
+    s3_server.kill()
+    time.sleep(3)
+    s3_server.start()
+    s3_server.upload(many_shards, "sets", "digits")
+    assert exact(launch.succeed()) == exact(local)
+    assert len(fetcher_of(tmp_path)) == 1
 
 
 @pytest.mark.long
