@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import subprocess
 import time
 from contextlib import suppress
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
+WISHES = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 TRIES = 50
 
 
@@ -41,6 +43,25 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_bytes().rsplit(b")", 1)[1].split()[0] not in (b"Z", b"X")
     except OSError:
         return False
+
+
+def start_deaf(words: list[str], **options: object) -> subprocess.Popen:
+    """Popen of a process that SIGTERM, SIGINT, SIGHUP and SIGUSR1 do not reach, nor what it starts (SIGKILL does).
+
+    A scheduler sends its SIGTERM to every process of a job at once, and those that carry the job must outlive it.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, WISHES)  # children inherit it, also over exec
+    try:
+        return subprocess.Popen(words, **options)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def hear_again() -> None:
+    """In a process that was started deaf, or whose parent was."""
+    for number in WISHES:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, WISHES)
 
 
 def die_with_parent() -> None:

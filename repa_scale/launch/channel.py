@@ -15,6 +15,7 @@ from typing import Any
 
 from repa_scale.errors import UserError
 from repa_scale.launch.environment import plain
+from repa_scale.processes import start_deaf
 
 SSH = ("ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15")
 GUARD = ("-u", "-m", "repa_scale.launch.guard")
@@ -35,7 +36,7 @@ class Channel:
         self.facts: dict[str, Any] = {}
         self.heard = time.monotonic()
         self.gone = False
-        self.process = subprocess.Popen(
+        self.process = start_deaf(
             command(host),
             env=plain(os.environ) | _python_path(),
             stdin=subprocess.PIPE,

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from repa_scale.launch.code import code_hashes, versions
 from repa_scale.launch.places import JOB, JOB_FILE, LOCK_FILE, node_folder, write_private
-from repa_scale.processes import alive, end_all_marked
+from repa_scale.processes import WISHES, alive, end_all_marked
 
 POLL_SECONDS = 0.2
 
@@ -42,7 +42,7 @@ class Guard:
 
     def run(self) -> None:
         """Until the launcher is gone, or says `end`. Leaves nothing behind."""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in WISHES:
             signal.signal(number, signal.SIG_IGN)  # it ends with its job
         try:
             while self._serve():

@@ -23,6 +23,7 @@ from repa_scale.launch.code import code_hashes, difference, versions
 from repa_scale.launch.environment import plain, secrets
 from repa_scale.launch.hostfile import Host, as_hostfile, as_include
 from repa_scale.launch.places import CONFIG_FILE, JOB, JOB_FILE
+from repa_scale.processes import start_deaf
 
 PING_SECONDS = 1.0
 CONNECT_SECONDS = 60.0
@@ -217,7 +218,7 @@ class Job:
                     exported[name] = value
         (folder / "environment").write_text("".join(f"{name}={value}\n" for name, value in exported.items()))
         words = deepspeed_words(self.plan, str(folder / "hosts"), address, port, self.id)
-        process = subprocess.Popen(
+        process = start_deaf(
             words,
             env=environment,
             cwd="/",

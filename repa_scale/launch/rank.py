@@ -18,7 +18,7 @@ from pathlib import Path
 
 from repa_scale.launch.environment import at_start, secrets
 from repa_scale.launch.places import JOB, JOB_FILE, LOCK_FILE, node_folder, write_private
-from repa_scale.processes import die_with_parent
+from repa_scale.processes import WISHES, die_with_parent, hear_again
 
 POLL_SECONDS = 0.5
 GONE = 70
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
     folder = node_folder(argv[0], int(os.environ.get("CROSS_RANK", 0)))
     rank = int(os.environ["RANK"])
     write_private(folder / f"wrapper_pid_{rank}.json", json.dumps({"pid": os.getpid()}))
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+    for number in WISHES:
         signal.signal(number, signal.SIG_IGN)  # the rank gets it too, and decides
     job = json.loads((folder / JOB_FILE).read_text())
     variables = at_start(job["environment"])
@@ -55,9 +55,8 @@ def main(argv: list[str]) -> int:
 
 
 def _take_signals() -> None:
-    """In the child: signals that its parent ignores are not to be ignored by it."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
+    """In the child: it hears the signals to which its parent is deaf."""
+    hear_again()
     die_with_parent()
 
 
