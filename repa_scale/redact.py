@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable
 
@@ -20,3 +21,10 @@ def redacted(text: str) -> str:
         text = text.replace(value, "***")
     text = re.sub(r"(://[^:/@\s]*):\S*@", r"\1:***@", text)
     return re.sub(r"(?i)([?&]\w*(?:password|passwd|pwd|token|secret)=)[^&\s]*", r"\1***", text)
+
+
+class RedactedFormatter(logging.Formatter):
+    """Tracebacks of foreign libraries may show what they were given."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))

@@ -230,10 +230,12 @@ def _git_commit() -> str:
 
 def _log_to_console() -> None:
     """Rank 0's log to stderr."""
+    from repa_scale.redact import RedactedFormatter
+
     log.setLevel(logging.INFO)
     if int(os.environ.get("RANK", 0)) == 0 and not log.handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+        handler.setFormatter(RedactedFormatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
         log.addHandler(handler)
     log.propagate = False
 
