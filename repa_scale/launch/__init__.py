@@ -34,6 +34,7 @@ def main(argv: list[str]) -> int:
         print(describe(plan))
         return ExitCode.COMPLETED
     _check_programs(plan)
+    from repa_scale.launch.channel import NodeError
     from repa_scale.launch.job import Job, say
 
     job = Job(plan)
@@ -42,6 +43,10 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         _leave_outcome(ExitCode.BAD_INPUT, str(error))
         raise
+    except NodeError as error:
+        _leave_outcome(ExitCode.FAILED, str(error))
+        say(str(error))
+        return ExitCode.FAILED
     _leave_outcome(code, job.error or job.problem)
     if code not in (ExitCode.COMPLETED, ExitCode.PREEMPTED):
         say(f"code {code}: {job.problem}; the logs of the ranks are in {plan.run_dir / 'log'}")

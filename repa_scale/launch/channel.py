@@ -13,12 +13,15 @@ import time
 from contextlib import suppress
 from typing import Any
 
-from repa_scale.errors import UserError
 from repa_scale.launch.environment import plain
 from repa_scale.processes import start_deaf
 
 SSH = ("ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15")
 GUARD = ("-u", "-m", "repa_scale.launch.guard")
+
+
+class NodeError(Exception):
+    """A node cannot be reached, or does not answer. It may later: starting again can help."""
 
 
 class Channel:
@@ -106,7 +109,7 @@ def await_all(channels: list[Channel], answer: str, seconds: float) -> None:
     """Waits until each has said `answer`; what it said with it goes to `facts` of the channel.
 
     Raises:
-        UserError: one is gone or does not answer.
+        NodeError: one is gone or does not answer.
     """
     inbox = channels[0].inbox
     waiting = set(channels)
@@ -116,9 +119,9 @@ def await_all(channels: list[Channel], answer: str, seconds: float) -> None:
             channel, event = inbox.get(timeout=max(0.0, until - time.monotonic()))
         except queue.Empty:
             names = ", ".join(sorted(channel.name for channel in waiting))
-            raise UserError(f"{names} did not answer in {seconds:.0f} s; try: {_try(next(iter(waiting)))}") from None
+            raise NodeError(f"{names} did not answer in {seconds:.0f} s; try: {_try(next(iter(waiting)))}") from None
         if event["event"] == "gone":
-            raise UserError(
+            raise NodeError(
                 f"{channel.name} cannot be used ({channel.complaint()}); try: {_try(channel)}; "
                 "each node needs ssh without a password, and repa_scale in the same place"
             )

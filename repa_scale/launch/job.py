@@ -97,6 +97,7 @@ class Job:
 
         Raises:
             UserError: a node cannot be used as it is; nothing was started.
+            NodeError: a node cannot be reached.
         """
         before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGUSR1)}
         before[signal.SIGINT] = signal.signal(signal.SIGINT, self._receive)
