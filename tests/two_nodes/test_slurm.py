@@ -32,8 +32,8 @@ def submit(slurm, folder, script, *words, options=ONE_EACH):
 
 @pytest.mark.parametrize("script", ["train.sbatch", "srun.sbatch"])
 def test_preempted_requeued_completed(slurm, digits, tmp_path, script):
-    run, steps = tmp_path / "run", 400
-    words = [*TINY, f"data.path={digits}", "train.checkpoint_every=100"]
+    run, steps = tmp_path / "run", 150
+    words = [*TINY, f"data.path={digits}", "train.checkpoint_every=50"]
     job = submit(slurm, tmp_path, script, *words, f"train.steps={steps}", f"run.dir={run}")
     deadline = time.monotonic() + 120
     while last_step(run) < 3:
