@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from repa_scale.errors import ConfigError
 from repa_scale.placement import adopt
+from repa_scale.rendezvous import elastic_store
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,13 @@ class Ranks:
                 LOCAL_RANK=str(self.local_rank),
                 WORLD_SIZE=str(self.world_size),
             )
+        timeout = timedelta(minutes=timeout_minutes)
         dist.init_process_group(
             "nccl" if self.device.type == "cuda" else "gloo",
+            store=elastic_store(self.rank, self.world_size, timeout),
             rank=self.rank,
             world_size=self.world_size,
-            timeout=timedelta(minutes=timeout_minutes),
+            timeout=timeout,
         )
 
     def leave(self) -> None:

@@ -4,12 +4,17 @@ import json
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
+import torch.distributed as dist
 from launching import SMALL, Launch, exact, train
 
 from repa_scale.errors import ConfigError
 from repa_scale.placement import Placement, adopt, find, first_node
+from repa_scale.rendezvous import agree
 
 SLURM = {
     "SLURM_PROCID": "3",
@@ -81,6 +86,22 @@ def test_a_run_under_each_launcher(digits, tmp_path, launcher):
         rows = train(words, tmp_path / "run", processes, launcher)
     expected = train(words, tmp_path / "torchrun", processes)
     assert exact(rows) == exact(expected)
+
+
+def test_ranks_do_not_meet_those_of_a_start_before():
+    """Three starts on one store, of which the first two were cut off at their worst moments."""
+    store, timeout = dist.HashStore(), timedelta(seconds=20)
+    store.set("word/0", "old")
+    store.set("word/1", "old as well")
+    store.set("words", json.dumps(["old", "old as well"]))
+    store.set("word/2", "of a start that had one more")
+    with ThreadPoolExecutor(2) as pool:
+        late = pool.submit(agree, store, 1, 2, timeout)
+        time.sleep(0.3)
+        assert not late.done(), "rank 1 waits for a living rank 0"
+        names = {pool.submit(agree, store, 0, 2, timeout).result(), late.result()}
+        again = {each.result() for each in [pool.submit(agree, store, rank, 2, timeout) for rank in (0, 1)]}
+    assert len(names) == len(again) == 1 and names != again
 
 
 @pytest.mark.distributed

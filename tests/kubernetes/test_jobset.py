@@ -97,6 +97,7 @@ def test_the_failure_policy_knows_our_exit_codes():
 
 
 @pytest.mark.distributed
+@pytest.mark.long
 def test_its_command_line_trains(digits, tmp_path):
     """The pods' own command and words, as two pods of one GPU each, with what cannot be here replaced."""
     (tmp_path / "deepspeed_env").write_text("# a secret\nHF_TOKEN='hf_of_a_test'\n")

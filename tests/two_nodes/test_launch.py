@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from jobs import ROOT, TINY, Started, last_step
-from launching import BIN, exact, train
+from launching import BIN, exact
 
 from repa_scale.compose import compose
 from repa_scale.run_folder import read_status
@@ -78,11 +78,15 @@ def whole(nodes, data, tmp_path_factory):
 
 
 @pytest.mark.long
-def test_1_the_losses_are_those_of_one_node(whole, data, tmp_path):
+def test_1_the_losses_are_those_of_one_node(nodes, whole, data, tmp_path):
+    """The one node is B, chosen from a host file on A: deepspeed would take one node alone for the machine it is on."""
     _, rows, *_ = whole
-    one = train([*TINY, data, f"train.steps={STEPS}"], tmp_path / "one", 2)
+    (tmp_path / "hosts").write_text("rs-a slots=2\nrs-b slots=2\n")
+    options = ["--hostfile", str(tmp_path / "hosts"), "--include", "rs-b"]
+    one = Started(nodes, tmp_path / "one", [data, f"train.steps={STEPS}"], options)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-    assert exact(rows) == exact(one)
+    assert exact(rows) == exact(one.succeed())
+    assert "[rs-b 0]" in one.text() and "[rs-a" not in one.text()
 
 
 @pytest.mark.long
@@ -228,18 +232,15 @@ def test_4_a_parted_network(nodes, data, tmp_path):
 
 
 @pytest.mark.long
-def test_5_a_slow_and_lossy_link(nodes, data, tmp_path):
+def test_5_a_slow_and_lossy_link(nodes, whole, data, tmp_path):
+    _, expected, *_ = whole
     nodes.slow_link(delay_ms=50.0, loss=0.01)
     try:
-        rows = Started(nodes, tmp_path / "slow", [data, "train.steps=2"]).succeed()
+        rows = Started(nodes, tmp_path / "run", [data, "train.steps=2"]).succeed()
     finally:
         nodes.fast_link()
-    (tmp_path / "hosts").write_text("rs-a slots=2\nrs-b slots=2\n")
-    options = ["--hostfile", str(tmp_path / "hosts"), "--include", "rs-b"]
-    one = Started(nodes, tmp_path / "one", [data, "train.steps=2"], options)  # from A, on B alone
-    assert exact(rows) == exact(one.succeed())
+    assert exact(rows) == exact(expected[:2])
     assert rows[-1]["step_seconds"] > 0.2, "the link was slow"
-    assert "[rs-b 0]" in one.text() and "[rs-a" not in one.text()
 
 
 def test_9_wrong_host_files_and_variables(tmp_path):
