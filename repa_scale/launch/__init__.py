@@ -15,7 +15,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from repa_scale.errors import OUTCOME_VARIABLE, ConfigError, ExitCode, UserError
+from repa_scale.errors import OUTCOME_VARIABLE, ConfigError, ExitCode, UserError, did_you_mean
 
 EXAMPLE = "repa-scale launch --hostfile hosts experiment=repa_sit_xl data.path=data/imagenet256 run.dir=runs/xl"
 HOSTFILE = Path("/job/hostfile")  # deepspeed's default
@@ -24,8 +24,15 @@ PORT = 29500  # deepspeed's and torch's, where each node is started on its own a
 
 def main(argv: list[str]) -> int:
     """Returns the run's own exit code."""
-    args, words = _parser().parse_known_args(argv)
-    from repa_scale.compose import print_requested
+    parser = _parser()
+    args, words = parser.parse_known_args(argv)
+    from repa_scale.compose import OPTIONS, print_requested
+
+    for word in words:
+        option = word.partition("=")[0]
+        if option.startswith("-") and option not in OPTIONS:
+            known = [*parser._option_string_actions, *OPTIONS]
+            raise ConfigError(f"{option} is not an option of repa-scale launch{did_you_mean(option, known)}")
 
     if print_requested(words):
         return ExitCode.COMPLETED
@@ -186,7 +193,7 @@ def describe(plan) -> str:
     for node in plan.nodes():
         host, ranks = plan.hosts[node], plan.ranks_of(node)
         lines.append(
-            f"node {node}       {host.name}: ranks {ranks[0]} to {ranks[-1]} on slots "
+            f"node {node}       {host.name}: ranks {', '.join(map(str, ranks))} on slots "
             f"{','.join(map(str, host.slots))}; rendezvous at {master}; {sys.executable}"
         )
     words = deepspeed_words(plan, "HOSTS", address or "ADDRESS", port or "PORT", "JOB")

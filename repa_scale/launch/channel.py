@@ -131,4 +131,5 @@ def await_all(channels: list[Channel], answer: str, seconds: float) -> None:
 
 
 def _try(channel: Channel) -> str:
-    return shlex.join([*command(channel.host)[:-1], f"{sys.executable} -c 'import repa_scale'"])
+    words = [sys.executable, "-m", "repa_scale", "--version"]
+    return shlex.join(["ssh", channel.host, *words] if channel.host else words)

@@ -125,6 +125,7 @@ def test_7_a_private_working_folder_is_enough_for_the_configuration(whole):
     assert read_status(started.run)["state"] == "completed"
 
 
+@pytest.mark.long
 def test_7_no_shared_folder(nodes, data, tmp_path):
     started = Started(nodes, nodes.private / "run", [data, "train.steps=2"], cwd=tmp_path)
     assert started.wait() == 64
@@ -134,13 +135,13 @@ def test_7_no_shared_folder(nodes, data, tmp_path):
     started.wait_until_nothing_is_left(5.0, "none")
 
 
-def test_6_other_code_on_a_node_is_refused(nodes, data, tmp_path):
+def test_6_other_code_on_a_node_is_refused(nodes, tmp_path):
     shutil.copytree(ROOT / "repa_scale", tmp_path / "other", ignore=shutil.ignore_patterns("__pycache__"))
     with (tmp_path / "other" / "trainer.py").open("a") as file:
         file.write("\nSOMETHING = 1\n")
     nodes.run(nodes.b, "mount", "--bind", tmp_path / "other", ROOT / "repa_scale")
     try:
-        started = Started(nodes, tmp_path / "run", [data, "train.steps=2"])
+        started = Started(nodes, tmp_path / "run", ["data.path=data", "train.steps=2"])
         assert started.wait() == 64
     finally:
         nodes.run(nodes.b, "umount", ROOT / "repa_scale")
@@ -243,6 +244,21 @@ def test_5_a_slow_and_lossy_link(nodes, whole, data, tmp_path):
     assert rows[-1]["step_seconds"] > 0.2, "the link was slow"
 
 
+def test_a_node_that_cannot_be_reached(nodes, tmp_path):
+    """It is named, with what ssh says; nothing is started, and it is no wrong input: `supervise` tries again."""
+    nodes.part()
+    try:
+        nodes.run(nodes.a, "ip", "route", "add", "unreachable", "10.231.0.2")  # so that ssh need not wait
+        started = Started(nodes, tmp_path / "run", ["data.path=data", "train.steps=2"])
+        assert started.wait() == 70
+    finally:
+        nodes.run(nodes.a, "ip", "route", "del", "unreachable", "10.231.0.2")
+        nodes.rejoin()
+    assert "rs-b cannot be used (ssh: connect to host rs-b port 22" in started.text()
+    assert not (tmp_path / "run").exists()
+    started.wait_until_nothing_is_left(2.0, "none")
+
+
 def test_9_wrong_host_files_and_variables(tmp_path):
     """Each is refused in one line that names the file and the line; nothing in it is executed."""
     bad = tmp_path / "executed"
@@ -271,6 +287,9 @@ def test_9_wrong_host_files_and_variables(tmp_path):
     assert "did you mean 'rs-a'" in refused(good, "", "--include", "rs-aa")
     assert "rs-a has the slots 0 to 0" in refused(good, "", "--include", "rs-a:1")
     assert "leaves no node" in refused(good, "", "--exclude", "rs-a")
+    assert "--hostfil is not an option of repa-scale launch; did you mean '--hostfile'" in refused(
+        good, "", "--hostfil=x"
+    )
     assert "the host file has 1 nodes" in refused(good, "", "--num_nodes", "2")
     assert ".deepspeed_env line 2: the value of A holds $" in refused(good, f"\nA=$(touch {bad})\n")
     assert ".deepspeed_env line 1 is not of the form NAME=VALUE" in refused(good, f"touch {bad}\n")

@@ -20,6 +20,7 @@ def test_two_nodes(nodes):
     assert nodes.run(nodes.a, "ssh", "rs-b", "true").returncode == 0
 
 
+@pytest.mark.long
 def test_a_slow_link_is_slow(nodes):
     nodes.slow_link(delay_ms=50.0, loss=0.01)
     try:
