@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
         say(str(error))
         return ExitCode.FAILED
     _leave_outcome(code, job.error or job.problem)
-    if code not in (ExitCode.COMPLETED, ExitCode.PREEMPTED):
+    if code in (ExitCode.DIVERGED, ExitCode.FAILED):
         say(f"code {code}: {job.problem}; the logs of the ranks are in {plan.run_dir / 'log'}")
     return code
 

@@ -81,7 +81,7 @@ class Channel:
             self.heard = time.monotonic()
             with suppress(ValueError):  # greetings of a log-in shell
                 event = json.loads(line)
-                if isinstance(event, dict) and "event" in event:
+                if isinstance(event, dict) and event.get("event", "pong") != "pong":  # that one was heard is enough
                     self.inbox.put((self, event))
         self.gone = True
         self.inbox.put((self, {"event": "gone"}))

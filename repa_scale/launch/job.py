@@ -236,7 +236,7 @@ class Job:
     def _watch(self, process: subprocess.Popen) -> None:
         """Until all ranks have ended, or something went wrong and all that is left was ended."""
         ranks = {rank for node in self.plan.nodes() for rank in self.plan.ranks_of(node)}
-        began, pinged, passed_on, stop_by, end_by = time.monotonic(), 0.0, 0, 0.0, 0.0
+        began, pinged, passed_on, stop_by, end_by, hurried = time.monotonic(), 0.0, 0, 0.0, 0.0, False
         while ranks - self.ended.keys():
             now = time.monotonic()
             if now - pinged > PING_SECONDS:
@@ -268,8 +268,9 @@ class Job:
                 if process.returncode < 0:
                     self._fail(f"deepspeed was killed by {signal.Signals(-process.returncode).name}")
             if self.ended and not end_by:
-                well = all(how["code"] in WELL for how in self.ended.values())
-                end_by = now + (LEAVE_SECONDS if well else FOLLOW_SECONDS)
+                end_by = now + LEAVE_SECONDS
+            if self.problem and self.ended and not hurried:
+                end_by, hurried = min(end_by, now + FOLLOW_SECONDS), True
             if self.problem and not self.ended:
                 return
             if end_by and now > end_by:
