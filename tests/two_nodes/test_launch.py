@@ -72,7 +72,7 @@ def whole(nodes, data, tmp_path_factory):
         # With their environments: those that last; a compiler that torch starts for a moment inherits all of a rank's.
         lines = nodes.run(nodes.b, "ps", "axeww").stdout.splitlines()
         seen += [line for line in lines if "repa_scale.launch" in line or "sshd" in line]
-        time.sleep(0.3)
+        time.sleep(0.7)
     rows = started.succeed()
     return started, rows, seen, names, bad
 
