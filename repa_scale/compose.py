@@ -22,6 +22,7 @@ from repa_scale.sizes import backbone
 # Flags of `deepspeed` and `torchrun` that carry a value; those of Hydra that have no meaning here are refused.
 RANK_FLAGS = ("--local_rank", "--local-rank")
 DEEPSPEED_FLAGS = ("--deepspeed_config", "--deepspeed-config")
+OPTIONS = ("--help", "-h", "--config", "--cfg", *RANK_FLAGS, *DEEPSPEED_FLAGS)
 # A key among the alignment terms that is no term. `Config.alignment` holds terms alone, so its field lies beside them.
 KERNEL, KERNEL_FIELD = "alignment.kernel", "alignment_kernel"
 
@@ -184,8 +185,7 @@ def _sort(argv: list[str]) -> Words:
                 raise ConfigError(f"{flag} {what}: only `--cfg job` is known; it prints the resolved configuration")
             words.show = words.show or "cfg"
         elif word.startswith("-"):
-            known = ["--help", "--config", "--cfg", *RANK_FLAGS, *DEEPSPEED_FLAGS]
-            raise ConfigError(f"{word} is not an option of repa-scale train{did_you_mean(flag, known)}")
+            raise ConfigError(f"{word} is not an option of repa-scale train{did_you_mean(flag, OPTIONS)}")
         elif word.startswith("~"):
             words.overrides.append((flag[1:], None))
         elif not equals:

@@ -102,6 +102,17 @@ def test_heavy_packages_are_imported_where_they_are_used(file):
             assert not heavy & {name.split(".")[0] for name in names}, file
 
 
+@pytest.mark.parametrize("module", ["guard", "rank"])
+def test_what_watches_over_ranks_is_light(module):
+    """They run on every node beside the training: nothing but the standard library, and at once."""
+    script = (
+        f"import sys, repa_scale.launch.{module}\n"
+        "foreign = {name.split('.')[0] for name in sys.modules} & {'torch', 'numpy', 'omegaconf', 'deepspeed'}\n"
+        "assert not foreign, foreign"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 def test_kernels_know_torch_and_triton_alone():
     foreign = {name.split(".")[0] for file in files_of("kernels") for name in imports(file)} - sys.stdlib_module_names
     assert foreign == {"torch", "triton", "repa_scale"}
