@@ -1,6 +1,6 @@
 """One of several real processes that train a few steps and report what memory they held. For test_plan.py.
 
-python tests/memory_worker.py FILE key=value ...   with RANK, WORLD_SIZE and so on in the environment; `stage=N` is ZeRO's
+python tests/memory_worker.py FILE stage=N key=value ...     RANK, WORLD_SIZE and so on in the environment
 """
 
 import gc
@@ -58,7 +58,7 @@ def run(config, settings, ranks, micro):
     adam = {"learning_rate": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
     checkpointing = config.train.activation_checkpointing
     engine = Engine(lambda: build_objective(config), settings, ranks, checkpointing=checkpointing, **adam)
-    engine.write(lambda name, shape, start, stop: torch.full((stop - start,), 0.01))
+    engine.write(lambda name, shape, start, stop: torch.randn(stop - start).mul_(0.02))
     return engine, ShardEma([shard.master for shard in engine.shards], 0.9999)
 
 

@@ -31,6 +31,8 @@ def disk_seconds(total: float, nodes: int, disk: float) -> float:
 
     Args:
         disk: GB/s of a node.
+
+    Source: the key `disk`; `repa-scale doctor` measures it.
     """
     return total / nodes / (disk * 1e9)
 
