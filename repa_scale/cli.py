@@ -20,6 +20,7 @@ class Verb(NamedTuple):
 VERBS = {
     "prepare": Verb("repa_scale.prepare", "images (a folder, zip or tar of class folders) -> a data set of shards"),
     "train": Verb("repa_scale.train", "train a run: one process, or many under deepspeed, torchrun, Slurm, Kubernetes"),
+    "launch": Verb("repa_scale.launch", "train on many nodes through deepspeed, with its faults mended"),
     "supervise": Verb("repa_scale.supervise", "start a training command again until its run is done"),
     "checkpoints": Verb("repa_scale.checkpoints", "list, verify and prune a run's checkpoints"),
     "sample": Verb("repa_scale.sample", "a checkpoint or an export -> images"),

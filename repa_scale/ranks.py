@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import MutableMapping
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,32 +14,34 @@ import torch
 import torch.distributed as dist
 
 from repa_scale.errors import ConfigError
+from repa_scale.placement import adopt
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Rank, local rank and number of processes; the device that this process works on."""
+    """Rank, local rank and number of processes; the device that this process works on; processes on this node."""
 
     rank: int
     local_rank: int
     world_size: int
     device: torch.device
+    local_size: int = 1
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     @classmethod
-    def from_environment(cls, device: str = "auto", environment: Mapping[str, str] = os.environ) -> Ranks:
-        """Reads RANK, LOCAL_RANK and WORLD_SIZE as `deepspeed` and `torchrun` set them; absent: one process.
+    def from_environment(cls, device: str = "auto", environment: MutableMapping[str, str] = os.environ) -> Ranks:
+        """As the launcher says, whichever it is (placement.py); without one: a process alone.
 
         Raises:
-            ConfigError: `device` is `cuda` and there is none.
+            ConfigError: `device` is `cuda` and there is none, or the launcher's variables are incomplete.
         """
-        rank = int(environment.get("RANK", 0))
-        local_rank = int(environment.get("LOCAL_RANK", 0))
-        world_size = int(environment.get("WORLD_SIZE", 1))
-        return cls(rank, local_rank, world_size, pick_device(device, local_rank))
+        place = adopt(environment)
+        return cls(
+            place.rank, place.local_rank, place.world_size, pick_device(device, place.local_rank), place.local_size
+        )
 
     def start(self, timeout_minutes: float = 30.0) -> None:
         """Joins the process group (NCCL on CUDA, gloo elsewhere). One process alone makes a group of its own."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from repa_scale.checkpoint import list_checkpoints, write_atomically
 from repa_scale.errors import ConfigError, UserError
 from repa_scale.lease import holder_now, look, read_lease, take_lease
+from repa_scale.redact import RedactedFormatter, redacted
 
 HEARTBEAT_SECONDS = 10.0
 
@@ -101,7 +102,7 @@ class RunFolder:
         self._metrics.close()
         if self._taken_by:
             return
-        self._status.update(state=state, step=step, reason=reason)
+        self._status.update(state=state, step=step, reason=redacted(reason))
         try:
             self._write_status()
         except OSError as error:
@@ -211,13 +212,16 @@ def log_incident(path: Path, kind: str, **facts: object) -> None:
 
 
 def _json_line(facts: dict) -> str:
-    return json.dumps({k: str(v) if isinstance(v, float) and v - v != 0.0 else v for k, v in facts.items()}) + "\n"
+    return (
+        redacted(json.dumps({k: str(v) if isinstance(v, float) and v - v != 0.0 else v for k, v in facts.items()}))
+        + "\n"
+    )
 
 
 def log_to_folder(path: Path, rank: int) -> None:
     """Sends this rank's log to RUN/log/rank_N.log."""
     handler = logging.FileHandler(path / "log" / f"rank_{rank}.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(RedactedFormatter("%(asctime)s %(levelname)s %(message)s"))
     handler.handleError = lambda record: None  # on a full disk: the console has it too
     log.addHandler(handler)
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from repa_scale.errors import OUTCOME_VARIABLE, ExitCode, UserError
+from repa_scale.processes import end_all_marked
 
 EXAMPLE = (
     "repa-scale supervise -- deepspeed --num_gpus 8 --module repa_scale.train experiment=repa_sit_xl run.dir=runs/xl"
@@ -129,7 +130,7 @@ class Supervisor:
             except OSError as error:
                 raise UserError(f"{self.command[0]} cannot be started ({error.strerror}); is it on the PATH?") from None
             code = child.wait()
-            end_all_marked(mark)
+            end_all_marked(MARK, mark)
             left = [json.loads(path.read_text()) for path in Path(outcomes).glob("rank_*.json")]
         status = _status(self.folder)
         state, reason = status.get("state", ""), status.get("reason", "")
@@ -167,27 +168,6 @@ class Supervisor:
                 checkpoint_step=ended.progress,
                 what=what,
             )
-
-
-def end_all_marked(mark: str) -> None:
-    """SIGKILL to every process of this machine that inherited the mark: launchers leave orphans behind."""
-    wanted = f"{MARK}={mark}".encode()
-    for _ in range(50):
-        found = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):
-                if wanted in (folder / "environ").read_bytes().split(b"\0") and b"Z" not in _state(folder):
-                    found.append(int(folder.name))
-        if not found:
-            return
-        for process in found:
-            with suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
-        time.sleep(0.1)
-
-
-def _state(folder: Path) -> bytes:
-    return (folder / "stat").read_bytes().rsplit(b")", 1)[1].split()[0]
 
 
 def _status(run: Path) -> dict:

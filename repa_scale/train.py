@@ -29,8 +29,10 @@ def main(argv: list[str] | None = None) -> int:
 def _main(argv: list[str]) -> tuple[int, str]:
     """The exit code, and the error behind it on one line."""
     from repa_scale.compose import compose, print_requested
+    from repa_scale.placement import adopt
 
     try:
+        adopt()
         if print_requested(argv):
             return ExitCode.COMPLETED, ""
         _log_to_console()
@@ -138,8 +140,7 @@ def _verify(config, dataset, ranks) -> None:
 
     bad = {}
     if not dataset.verified:
-        node = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or ranks.world_size)
-        bad = dataset.verify(ranks.local_rank % node, node)
+        bad = dataset.verify(ranks.local_rank, ranks.local_size)
     for found in ranks.gather_objects(bad):
         dataset.reader.bad |= found
     shards = {dataset.reader.shards[number].basename: why for number, why in sorted(dataset.reader.bad.items())}
@@ -229,10 +230,12 @@ def _git_commit() -> str:
 
 def _log_to_console() -> None:
     """Rank 0's log to stderr."""
+    from repa_scale.redact import RedactedFormatter
+
     log.setLevel(logging.INFO)
     if int(os.environ.get("RANK", 0)) == 0 and not log.handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+        handler.setFormatter(RedactedFormatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
         log.addHandler(handler)
     log.propagate = False
 

@@ -48,7 +48,13 @@ class Launch:
     """One start of a run: alone, under `deepspeed` or under `torchrun`."""
 
     def __init__(
-        self, words: list[str], run: Path, processes: int = 2, launcher: str = "torchrun", **environment: str
+        self,
+        words: list[str],
+        run: Path,
+        processes: int = 2,
+        launcher: str = "torchrun",
+        restarts: int = 0,
+        **environment: str,
     ) -> None:
         STARTED.append(self)
         self.run = run
@@ -59,7 +65,8 @@ class Launch:
         if launcher == "deepspeed":
             command = [BIN / "deepspeed", "--num_gpus", processes, "--master_port", free_port(), "--module", module]
         elif launcher == "torchrun":
-            command = [BIN / "torchrun", "--nproc-per-node", processes, "--master-port", free_port(), "-m", module]
+            command = [BIN / "torchrun", "--nproc-per-node", processes, "--master-port", free_port()]
+            command += ["--max-restarts", restarts, "-m", module]
         else:
             assert processes == 1
             command = [sys.executable, "-m", module]

@@ -12,6 +12,7 @@ from launching import BIN
 
 from repa_scale.cli import VERBS
 from repa_scale.compose import compose
+from repa_scale.launch import _parser
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -53,6 +54,10 @@ def test_commands_for_a_cluster_compose(page):
                 compose(words[words.index("repa_scale.train") + 1 :])
             elif words and words[0] == "repa-scale":
                 assert words[1] in VERBS
+            if "launch" in words:
+                compose(_parser().parse_known_args(words[words.index("launch") + 1 :])[1])
+            elif ".sbatch" in line or ".sh" in line:
+                compose([word for word in words if "=" in word and not word.startswith("-")])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

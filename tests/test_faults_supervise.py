@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from launching import BIN, SMALL, Launch, end_all, exact, free_port, last_step, train
 
+from repa_scale.processes import end_all_marked
 from repa_scale.run_folder import read_incidents, read_status
-from repa_scale.supervise import MARK, end_all_marked
+from repa_scale.supervise import MARK
 
 pytestmark = [pytest.mark.faults, pytest.mark.distributed]
 
@@ -65,7 +66,7 @@ class Supervised:
     def end(self):
         if self.process.poll() is None:
             for mark in self.marks():
-                end_all_marked(mark)
+                end_all_marked(MARK, mark)
             self.process.kill()
             self.process.wait()
 

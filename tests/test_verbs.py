@@ -178,4 +178,6 @@ def test_wrong_words_of_the_verbs(pair, tmp_path):
 
 
 def test_the_table_of_verbs_is_complete():
-    assert {"prepare", "train", "sample", "evaluate", "compare", "export", "checkpoints", "supervise"} == set(cli.VERBS)
+    assert {"prepare", "train", "sample", "evaluate", "compare", "export", "checkpoints", "supervise", "launch"} == set(
+        cli.VERBS
+    )

@@ -94,6 +94,10 @@ def save_again(step):
     at_step(step, lambda trainer: trainer.save(step - 1, wait=True), "save_again")
 
 
+def kill(step):
+    at_step(step, lambda _: die(), "kill")
+
+
 def crash(step):
     def action(_):
         raise RuntimeError("laid by the test")
