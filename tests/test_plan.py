@@ -129,9 +129,11 @@ def test_what_stays_is_the_bytes_of_zero():
 
 def test_the_vae_is_counted():
     """Operations and peak of the real encoder on tensors without contents."""
-    import diffusers
-
+    from repa_scale import torchvision_fix
     from repa_scale.latents import KL_SHAPE
+
+    torchvision_fix.ensure()
+    import diffusers
 
     with FakeTensorMode():
         vae, image = diffusers.AutoencoderKL(**KL_SHAPE), torch.empty(1, 3, 256, 256)
@@ -161,8 +163,8 @@ def test_an_h100_trains_what_was_counted_by_hand(model, rate):
                     "alignment.repa.encoder": "dinov2-vit-g"}),
         ("communication", {"nodes": 32, "network": 25, "host": 0.1}),
         ("data", {"format": "png", "data.workers": 1, "model.name": "SiT-S/2", "alignment.repa.depth": 4, "host": 0.1}),
-        ("elementwise", {"data.source": "moments", "data.workers": 16, "model.name": "SiT-S/2", "alignment.repa.depth": 4,
-                         "host": 0.01}),
+        ("elementwise", {"data.source": "moments", "data.workers": 16, "model.name": "SiT-S/2", "host": 0.01,
+                         "alignment.repa.depth": 4}),
     ],
 )  # fmt: skip
 def test_what_binds_a_step_is_named(bound, keys):
