@@ -96,9 +96,13 @@ def _load(kind: type, spec: LatentSpec, source: str, name: str) -> nn.Module:
 
     Diffusers only warns of another class or of missing tensors, which it then draws at random.
     """
+    if not Path(source).is_dir():  # from the cache without a word to the hub, once the files are there
+        try:
+            config, _ = (local(file) for file in vae_files(source, f"latents.name={name}"))
+        except UserError as error:
+            raise UserError(f"the weights of {error}; or give a local folder (latents.weights=folder)") from None
+        source = str(config.parent)
     try:
-        if not Path(source).is_dir():  # from the cache without a word to the hub, once the files are there
-            source = str([local(file) for file in vae_files(source, f"latents.name={name}")][0].parent)
         found = kind.load_config(source, local_files_only=True).get("_class_name", kind.__name__)
         # Without `low_cpu_mem_usage=False` diffusers asks for the package accelerate.
         if found == kind.__name__:
