@@ -1,4 +1,4 @@
-"""Weights of the hub: fetched once, checked by hash, and then never asked for again. The real client asks a real server."""
+"""Weights of the hub: fetched once, checked by hash, and then never asked for again. The real client asks a server."""
 
 import pytest
 from hub_server import serving

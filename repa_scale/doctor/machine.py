@@ -99,7 +99,7 @@ def disk(look: Look) -> list[Finding]:
     else:
         findings.append(Finding("disk", OK, words))
     if look.marker and not Path(look.marker).exists():
-        text = f"{look.run_dir} is not the folder that the first machine sees"
+        text = f"{look.run_dir} is not the folder that this command sees"
         findings.append(Finding("shared folder", FAIL, text, "put run.dir on a file system that all nodes mount"))
     elif look.marker:
         findings.append(Finding("shared folder", OK, "run.dir is the same folder everywhere"))
@@ -114,9 +114,9 @@ def own_name(look: Look) -> list[Finding]:
     except OSError:
         address = ""
     interface = os.environ.get("GLOO_SOCKET_IFNAME", "")
-    if interface and not Path("/sys/class/net", interface).exists():
-        known = ", ".join(sorted(path.name for path in Path("/sys/class/net").iterdir()))
-        found = f"GLOO_SOCKET_IFNAME={interface}, but this node has {known}"
+    known = [name for _, name in socket.if_nameindex()]
+    if interface and not set(interface.split(",")) & set(known):
+        found = f"GLOO_SOCKET_IFNAME={interface}, but this node has {', '.join(known)}"
         return [Finding("name", FAIL, found, "set the interface of the cluster's network")]
     if look.nodes > 1 and not interface and (not address or address.startswith("127.")):
         found = f"{name} is {address or 'unknown'} here, where other nodes cannot connect to"

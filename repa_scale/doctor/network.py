@@ -48,7 +48,7 @@ def network(hosts: list[str], names: list[str], address: str, per_node: int, bac
     found = run(hosts, names, address, per_node, backend, pairs=False)
     if isinstance(found, list):
         return found
-    words = f"{backend}, {ranks} ranks: {found.bandwidth(ranks) / 1e9:.3f} GB/s, {found.latency * 1e3:.2f} ms"
+    words = f"{backend}, {ranks} ranks: {found.bandwidth(ranks) / 1e6:,.1f} MB/s, {found.latency * 1e3:.2f} ms"
     slow = found.bandwidth(ranks) < BANDWIDTH or found.latency > LATENCY * max(1, len(hosts) - 1)
     if len(hosts) == 1 or not slow:
         state = WARN if slow else OK
@@ -70,11 +70,11 @@ def name_slow(names: list[str], found: Measured) -> list[Finding]:
     findings = []
     for node in guilty:
         rows = [row for row in slow if node in row[:2]]
-        words = f"slow to {count[node]} of {len(names) - 1} nodes: {_figures(rows[0])}{_lost(found, node)}"
+        words = f"slow to {count[node]} of {len(names) - 1} nodes: {_figures(rows[0])}{_lost(found, names, node)}"
         findings.append(Finding("link", FAIL, words, REMEDY, names[node]))
     for row in slow:
         if not set(row[:2]) & set(guilty):
-            lost = "".join(_lost(found, node) for node in row[:2])
+            lost = "".join(_lost(found, names, node) for node in row[:2])
             words = f"{names[row[0]]} - {names[row[1]]} is slow: {_figures(row)}{lost}"
             findings.append(Finding("link", FAIL, words, REMEDY, f"{names[row[0]]} - {names[row[1]]}"))
     return findings
@@ -84,8 +84,8 @@ def _figures(row: list) -> str:
     return f"{row[2] * 1e3:.1f} ms there and back, {row[3] / 1e6:.2f} MB/s"
 
 
-def _lost(found: Measured, node: int) -> str:
-    return f", {found.lost[node]:.1%} of its segments sent again" if found.lost[node] > LOST else ""
+def _lost(found: Measured, names: list[str], node: int) -> str:
+    return f", {found.lost[node]:.1%} of what {names[node]} sent was sent again" if found.lost[node] > LOST else ""
 
 
 def run(

@@ -9,7 +9,7 @@ from pathlib import Path
 from repa_scale.config import Config, from_dict
 from repa_scale.doctor.finding import FAIL, NOTE, OK, WARN, Finding, Look
 from repa_scale.doctor.machine import existing
-from repa_scale.errors import UserError, reason
+from repa_scale.errors import UserError
 from repa_scale.redact import redacted
 
 PATIENCE = 5.0  # seconds for a server's answer
@@ -55,7 +55,7 @@ def _server(uri: str) -> Finding:
             return Finding("mlflow", OK, f"{shown} answers, and asks for a log-in")
         return Finding("mlflow", WARN, f"{shown} answers {error.code}", remedy)
     except (OSError, ValueError) as error:
-        return Finding("mlflow", FAIL, f"{shown} does not answer: {reason(error)}", remedy)
+        return Finding("mlflow", FAIL, f"{shown} does not answer: {getattr(error, 'reason', error)}", remedy)
 
 
 def data(look: Look) -> list[Finding]:

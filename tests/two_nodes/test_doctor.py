@@ -65,14 +65,12 @@ def test_each_fault_is_named(nodes, run, tmp_path):
     run = [*run, f"run.dir={nodes.private}/runs/x", "tracking.uri=http://rs-a:5999"]
     data = next(word for word in run if word.startswith("data.path=")).removeprefix("data.path=")
     limit = ["prlimit", "--pid", str(nodes.b.init)]
-    shown = subprocess.run(
-        [*limit, "--nofile", "--output", "SOFT,HARD", "--noheadings"], capture_output=True, text=True
-    )
-    before = ":".join(shown.stdout.split())
+    shown = subprocess.run([*limit, "--nofile", "--output", "SOFT", "--noheadings"], capture_output=True, text=True)
+    before = shown.stdout.strip()
     listen = "import socket, time; s = socket.socket(); s.bind(('', 5888)); s.listen(); time.sleep(99)"
     busy = nodes.start(nodes.a, ["python3", "-c", listen])
     try:
-        subprocess.run([*limit, "--nofile=1024:1024"], check=True)
+        subprocess.run([*limit, "--nofile=1024:"], check=True)
         with (
             mounted(nodes, nodes.b, "--bind", other_code, ROOT / "repa_scale" / "interpolant.py"),
             mounted(nodes, nodes.b, "-t", "tmpfs", "-o", "size=16m", "tmpfs", "/dev/shm"),
@@ -82,7 +80,7 @@ def test_each_fault_is_named(nodes, run, tmp_path):
             bad = doctor(nodes, "--master_port", "5888", *run, code=70)
     finally:
         busy.kill()
-        subprocess.run([*limit, f"--nofile={before}"], check=True)
+        subprocess.run([*limit, f"--nofile={before}:"], check=True)
     assert set(bad) == {
         ("code", "rs-b"), ("shm", "rs-b"), ("limits", "rs-b"), ("data", "rs-b"), ("disk", "rs-b"),
         ("shared folder", "rs-b"), ("mlflow", "rs-a"), ("port", "rs-a"),
