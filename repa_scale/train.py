@@ -74,6 +74,7 @@ def run(config) -> ExitCode:
     check_dataset(dataset, config.model.num_classes, config.data.image_size, config.train.global_batch)
     dataset.cached = stored_features_of(config, dataset)
     from repa_scale.deepspeed_config import deepspeed_dict
+    from repa_scale.objective import count_parameters
     from repa_scale.state import check_initial
 
     check_initial(config)
@@ -201,16 +202,6 @@ def _join(config, ranks, identity: dict, yaml: str, checkpoint_bytes: int):
     if refusal is not None:
         raise refusal
     return folder
-
-
-def count_parameters(config) -> int:
-    """Trained parameters of backbone and projectors."""
-    import torch
-
-    from repa_scale.objective import build_objective
-
-    with torch.device("meta"):
-        return sum(p.numel() for p in build_objective(config).parameters())
 
 
 def _device_name(device) -> str:

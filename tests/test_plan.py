@@ -22,7 +22,7 @@ from repa_scale.plan import memory, plan, storage, times
 from repa_scale.plan.cluster import GPUS, parse_cluster
 from repa_scale.plan.estimate import memory_of, shape_of
 from repa_scale.sizes import BACKBONES, ENCODERS, backbone
-from repa_scale.train import count_parameters
+from repa_scale.objective import count_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 # Beyond the tensors of a run: threads, gloo's buffers, what the allocator rounds up. Measured with a model of nothing.

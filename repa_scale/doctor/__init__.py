@@ -109,7 +109,7 @@ def make_look(args: argparse.Namespace, words: list[str], nodes: int, ranks: int
         if args.fetch:
             raise ConfigError(f"--fetch needs the run whose weights are meant; for example: {EXAMPLE} --fetch")
         return look
-    from repa_scale.train import count_parameters
+    from repa_scale.objective import count_parameters
     from repa_scale.validation import batch_split
 
     config = compose(words)

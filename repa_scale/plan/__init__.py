@@ -33,7 +33,7 @@ def plan(words: list[str]) -> dict[str, Any]:
     from repa_scale.compose import compose
     from repa_scale.plan.cluster import parse_cluster
     from repa_scale.plan.values import plan_of
-    from repa_scale.train import count_parameters
+    from repa_scale.objective import count_parameters
 
     cluster, rest = parse_cluster(words)
     config = compose(rest)
