@@ -15,10 +15,9 @@ from repa_scale.compose import compose
 from repa_scale.deepspeed_config import deepspeed_dict
 from repa_scale.ema import ShardEma
 from repa_scale.engine import Engine, import_deepspeed
-from repa_scale.objective import build_objective, total
+from repa_scale.objective import build_objective, count_parameters, total
 from repa_scale.ranks import Ranks
 from repa_scale.sizes import encoder_spec, latent_grid
-from repa_scale.objective import count_parameters
 from repa_scale.validation import batch_split
 
 

@@ -18,11 +18,11 @@ from benchmarks.counted_memory import counted_peak
 from repa_scale.cli import main
 from repa_scale.compose import compose
 from repa_scale.models import build_sit
+from repa_scale.objective import count_parameters
 from repa_scale.plan import memory, plan, storage, times
 from repa_scale.plan.cluster import GPUS, parse_cluster
 from repa_scale.plan.estimate import memory_of, shape_of
 from repa_scale.sizes import BACKBONES, ENCODERS, backbone
-from repa_scale.objective import count_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 # Beyond the tensors of a run: threads, gloo's buffers, what the allocator rounds up. Measured with a model of nothing.

@@ -31,9 +31,9 @@ def plan(words: list[str]) -> dict[str, Any]:
         ConfigError: an unknown key or name, or a batch that does not divide.
     """
     from repa_scale.compose import compose
+    from repa_scale.objective import count_parameters
     from repa_scale.plan.cluster import parse_cluster
     from repa_scale.plan.values import plan_of
-    from repa_scale.objective import count_parameters
 
     cluster, rest = parse_cluster(words)
     config = compose(rest)
