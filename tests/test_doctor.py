@@ -158,6 +158,28 @@ def test_the_slow_link_or_node_is_named():
     assert network.name_slow(names, measured(6, lambda a, b: False)) == []
 
 
+@pytest.mark.distributed
+def test_the_processes_of_one_node_reduce_together():
+    """As the GPUs of a node do, here over gloo."""
+    (found,) = network.network([""], ["here"], "127.0.0.1", 2, "gloo")
+    assert found.state == "ok" and "gloo, 2 ranks" in found.found, found
+
+
+@pytest.mark.distributed
+def test_a_node_that_does_not_join_is_named(monkeypatch):
+    """Two nodes here, of which the second's Python ends at once."""
+    real = network.start
+    monkeypatch.setattr(network, "PATIENCE", 8.0)
+    monkeypatch.setattr(
+        network,
+        "start",
+        lambda host, module, *rest, **more: real("", "no.such.module" if host else module, *rest, **more),
+    )
+    findings = network.network(["", "b"], ["a", "b"], "127.0.0.1", 1, "gloo")
+    assert [(each.node, each.state) for each in findings] == [("b", "FAIL")]
+    assert "did not reach the first node" in findings[0].found and "No module named" in findings[0].found
+
+
 def test_the_table_names_nodes_and_remedies():
     nodes = ["a", "b"]
     findings = [Finding("shm", "ok", "1 GB", node="a"), Finding("shm", "FAIL", "none", "mount it", "b"),

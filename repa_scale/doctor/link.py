@@ -1,7 +1,7 @@
 """A node's side of the network test: an all-reduce over all nodes, and messages between each two of them.
 
-`python -m repa_scale.doctor.link RANK WORLD LOCAL ADDRESS PORT BACKEND PAIRS`. Rank 0 opens the store (PORT 0) and
-says where; at the end it says what was measured.
+`python -m repa_scale.doctor.link` with the words of a Place. Rank 0 opens the store (port 0) and says where; at the end
+it says what was measured.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import astuple, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -25,40 +27,61 @@ PATIENCE = timedelta(seconds=90)
 SMALL = 8  # bytes, for the time on the way
 
 
-def main(words: list[str]) -> int:
-    rank, world, local, port, pairs = (int(words[i]) for i in (0, 1, 2, 4, 6))
-    address, backend = words[3], words[5]
-    per_node = int(words[7]) if len(words) > 7 else 1
+@dataclass(frozen=True)
+class Place:
+    """One process of the test: its arguments, as strings on the command line, in this order."""
+
+    rank: int
+    world: int
+    local: int  # its number on the node, and its GPU's
+    per_node: int
+    address: str
+    port: int
+    backend: str
+    pairs: int  # whether each two nodes are measured
+
+    @classmethod
+    def of(cls, words: list[str]) -> Place:
+        kinds = get_type_hints(cls).values()
+        return cls(*(kind(word) for kind, word in zip(kinds, words, strict=True)))
+
+    def words(self) -> list[str]:
+        return [str(value) for value in astuple(self)]
+
+
+def main(place: Place) -> int:
+    """The first process of a node starts the others."""
+    leads = place.rank == 0
+    store = dist.TCPStore(place.address, place.port, place.world, leads, PATIENCE, wait_for_workers=False)
+    if leads:
+        say(event="port", port=store.port)
+    say(event="came")
     children = []
-    if local == 0 and per_node > 1:
-        for other in range(1, per_node):
-            more = [str(rank + other), str(world), str(other), address, str(port), backend, str(pairs), str(per_node)]
-            children.append(subprocess.Popen([sys.executable, "-m", "repa_scale.doctor.link", *more]))
+    for number in range(1, place.per_node if place.local == 0 else 1):
+        other = replace(place, rank=place.rank + number, local=number, port=store.port)
+        children.append(subprocess.Popen([sys.executable, "-m", "repa_scale.doctor.link", *other.words()]))
     try:
-        measure(rank, world, local, address, port, backend, bool(pairs), per_node)
+        measure(place, store)
     finally:
         for child in children:
             with suppress(subprocess.TimeoutExpired):
                 child.wait(10)
             child.kill()
+            child.wait()
     return 0
 
 
-def measure(
-    rank: int, world: int, local: int, address: str, port: int, backend: str, pairs: bool, per_node: int
-) -> None:
-    store = dist.TCPStore(address, port, world, rank == 0, PATIENCE, wait_for_workers=False)
-    if rank == 0:
-        say(event="port", port=store.port)
+def measure(place: Place, store: dist.Store) -> None:
+    """Joins the others, measures with them, and tells what was found (rank 0)."""
+    rank, world, local, per_node, backend = place.rank, place.world, place.local, place.per_node, place.backend
     device = torch.device("cuda", local) if backend == "nccl" else torch.device("cpu")
     if backend == "nccl":
         torch.cuda.set_device(device)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
-    say(event="joined")
     sent = segments()
     latency, size, seconds = all_reduce(device)
     found = {"latency": latency, "bytes": size, "seconds": seconds, "pairs": []}
-    if pairs:
+    if place.pairs:
         found["pairs"] = all_pairs(rank, world // per_node, per_node, device, size)
     lost = [0.0] * world
     dist.all_gather_object(lost, again(sent, segments()))
@@ -158,4 +181,4 @@ def say(**words: object) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(Place.of(sys.argv[1:])))

@@ -94,10 +94,10 @@ def run(
     """What rank 0 measured; or findings that name the nodes that did not come or broke."""
     world = len(hosts) * per_node
     processes: list[subprocess.Popen] = []
-    joined, errors, results = set(), {}, []
+    came, errors, results = set(), {}, []
 
     def begin(node: int, port: int) -> subprocess.Popen:
-        words = [node * per_node, world, 0, address, port, backend, int(pairs), per_node]
+        words = [node * per_node, world, 0, per_node, address, port, backend, int(pairs)]
         variables = [f"{name}={value}" for name, value in os.environ.items() if name.startswith(("GLOO_", "NCCL_"))]
         process = start(hosts[node], MODULE, subprocess.DEVNULL, *map(str, words), variables=variables)
         processes.append(process)
@@ -105,8 +105,8 @@ def run(
 
     def listen(node: int, process: subprocess.Popen) -> None:
         for event in events(process):
-            if event["event"] == "joined":
-                joined.add(node)
+            if event["event"] == "came":
+                came.add(node)
             elif event["event"] == "measured":
                 results.append(Measured(**{key: value for key, value in event.items() if key != "event"}))
         lines = process.stderr.read().decode(errors="replace").strip().splitlines()
@@ -132,25 +132,19 @@ def run(
             process.wait()
     if results:
         return results[0]
-    return _broken(names, joined, errors)
+    return _broken(names, came, errors)
 
 
-def _broken(names: list[str], joined: set[int], errors: dict[int, str]) -> list[Finding]:
-    """Nodes that did not join are named; where all or none did, every node's last words."""
+def _broken(names: list[str], came: set[int], errors: dict[int, str]) -> list[Finding]:
+    """The nodes that did not reach the first one; where all did, every node's last words."""
     remedy = (
-        "open the ports above 1024 between the nodes, and set GLOO_SOCKET_IFNAME / NCCL_SOCKET_IFNAME to their network"
+        "open the ports above 1024 between the nodes; GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME: their network's interface"
     )
-    absent = [node for node in range(len(names)) if node not in joined]
-    named = absent if 0 < len(absent) < len(names) else range(len(names))
+    absent = [node for node in range(len(names)) if node not in came]
+    what = "did not reach the first node" if absent else "came, but the all-reduce did not end"
     return [
-        Finding(
-            "all-reduce",
-            FAIL,
-            f"did not {'end' if node in joined else 'join'}: {errors.get(node, 'no answer')}",
-            remedy,
-            names[node],
-        )
-        for node in named
+        Finding("all-reduce", FAIL, f"{what}: {errors.get(node, 'no answer')}", remedy, names[node])
+        for node in absent or range(len(names))
     ]
 
 
