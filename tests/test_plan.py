@@ -261,6 +261,7 @@ def test_json_holds_the_plan(capsys):
         ("nodes=0", "nodes=0 must be above 0"),
         ("gpus=3", "train.global_batch=256 does not divide by 3 ranks; use train.global_batch=255"),
         ("node=3", "unknown key node"),
+        ("train.precision=bf61", "train.precision=bf61 must be one of fp32, bf16, fp16"),
         ("format=webp", "format=webp must be jpeg or png"),
     ],
 )

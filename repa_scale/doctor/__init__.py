@@ -110,11 +110,12 @@ def make_look(args: argparse.Namespace, words: list[str], nodes: int, ranks: int
             raise ConfigError(f"--fetch needs the run whose weights are meant; for example: {EXAMPLE} --fetch")
         return look
     from repa_scale.objective import count_parameters
-    from repa_scale.validation import batch_split
+    from repa_scale.validation import validate
 
     config = compose(words)
-    if ranks:
-        batch_split(config, ranks)
+    given, config.data.path = config.data.path, config.data.path or ("" if config.data.remote else "to come")
+    validate(config, ranks or 1)
+    config.data.path = given
     for room, key in (("data", "path"), ("data", "cache"), ("run", "dir"), ("deepspeed", "config")):
         if value := getattr(getattr(config, room), key):
             setattr(getattr(config, room), key, os.path.abspath(value))

@@ -34,9 +34,13 @@ def plan(words: list[str]) -> dict[str, Any]:
     from repa_scale.objective import count_parameters
     from repa_scale.plan.cluster import parse_cluster
     from repa_scale.plan.values import plan_of
+    from repa_scale.validation import validate
 
     cluster, rest = parse_cluster(words)
     config = compose(rest)
+    if not config.data.remote:
+        config.data.path = config.data.path or "not prepared yet"
+    validate(config, cluster.ranks)
     return plan_of(config, cluster, count_parameters(config))
 
 

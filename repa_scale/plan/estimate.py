@@ -26,7 +26,7 @@ USABLE = 0.95  # of a GPU's memory: the allocator cannot fill the rest
 
 @dataclass(frozen=True)
 class Shape:
-    """What the formulas need to know of a run. `terms`: (encoder, projector_dim, projector, its kernel) of each."""
+    """What the formulas need to know of a run. `terms`: (encoder, projector_dim, projector) of each."""
 
     parameters: int
     tokens: int
@@ -63,17 +63,15 @@ class Shape:
 
 
 def shape_of(config: Config, cluster: Cluster, parameters: int) -> Shape:
-    """Raises `ConfigError` where the configuration cannot run on that many ranks."""
+    """Of a valid configuration. Raises `ConfigError` where it and its DeepSpeed file contradict each other."""
     settings = deepspeed_dict(config, cluster.ranks, parameters, "cuda")
     zero = settings["zero_optimization"]
     micro, passes = batch_split(config, cluster.ranks)
     rows, columns = token_grid(config.data.image_size, config.latents.name, config.model.name)
     channels, height, width = latent_grid(config.data.image_size, config.latents.name)
     size, _ = backbone(config.model.name)
-    compute = {"fp32": "fp32", "bf16": "bf16", "fp16": "fp16"}[config.train.precision]
+    compute = config.train.precision
     terms = {} if config.method == "baseline" else config.alignment
-    for term in terms.values():
-        encoder_spec(term.encoder)
     return Shape(
         parameters=parameters,
         tokens=rows * columns,

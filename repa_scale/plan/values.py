@@ -1,4 +1,4 @@
-"""The plan of a run as plain values, which the table and `--json` show. docs/plan.md names each."""
+"""The plan of a run as plain values in bytes, seconds and counts, which the table and `--json` show."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from repa_scale.sizes import encoder_spec
 
 
 def plan_of(config: Config, cluster: Cluster, parameters: int) -> dict[str, Any]:
-    """The plan as plain values: bytes, seconds, counts. docs/plan.md names each.
+    """The plan of a run on a cluster.
 
     Args:
         parameters: trained ones, projectors included.
