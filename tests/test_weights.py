@@ -16,17 +16,17 @@ FILE = HubFile("owner/name", "model.safetensors", "encoder=some")
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A hub with one file, and an empty cache."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, file_download
 
     folder = tmp_path / "hub"
     (folder / FILE.repo).mkdir(parents=True)
     (folder / str(FILE)).write_bytes(b"weights" * 1000)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     with serving(folder) as server:
+        # What HF_ENDPOINT sets when the client is imported.
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         yield server
 

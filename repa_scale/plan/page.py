@@ -91,5 +91,5 @@ def _advice(plan: dict[str, Any]) -> list[str]:
     return [
         f"advice      {words}: {advice['step_seconds'] * 1e3:.0f} ms, {advice['peak_bytes'] / 1e9:.1f} GB, "
         f"bound by {BOUND[advice['bound_by']].partition(' (')[0]}",
-        "times are computed from data sheets and counts, and most were not measured on a GPU: docs/plan.md",
+        "times are counts over the rates of data sheets, and none was measured on a GPU: docs/plan.md",
     ]
