@@ -143,7 +143,7 @@ def test_weights_are_fetched_once_a_node_and_checked(nodes, run):
     AutoencoderTiny().save_pretrained(store / "madebyollin" / "taesd")
     server = nodes.start(nodes.a, [sys.executable, ROOT / "tests" / "hub_server.py", store, "5777", notes])
     home = {"HF_HOME": str(cache), "HF_ENDPOINT": "http://10.231.0.1:5777"}
-    words = ["method=baseline", "latents.name=taesd", *run[1:]]
+    words = ["method=baseline", "latents.name=taesd", "model.name=SiT-S/2", "checkpoint.keep_last=1", *run[2:]]
     try:
         bad = doctor(nodes, "--no-network", *words, code=0, **home)
         assert {key[0] for key in bad} == {"weights"} and "doctor --fetch" in bad["weights", "rs-b"].remedy
