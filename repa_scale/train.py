@@ -13,8 +13,6 @@ from pathlib import Path
 
 from repa_scale.errors import OUTCOME_VARIABLE, ConfigError, ExitCode, UserError, reason
 
-EXAMPLE = "repa-scale train experiment=demo_repa run.dir=runs/first"
-
 log = logging.getLogger("repa_scale")
 
 
