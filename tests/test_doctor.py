@@ -165,6 +165,7 @@ def test_the_processes_of_one_node_reduce_together():
     assert found.state == "ok" and "gloo, 2 ranks" in found.found, found
 
 
+@pytest.mark.long
 @pytest.mark.distributed
 def test_a_node_that_does_not_join_is_named(monkeypatch):
     """Two nodes here, of which the second's Python ends at once."""

@@ -127,6 +127,7 @@ def test_what_stays_is_the_bytes_of_zero():
     assert sum(memory.state_bytes(1000, 10, 3, "fp32", 4).values()) == 2400
 
 
+@pytest.mark.long
 def test_the_vae_is_counted():
     """Operations and peak of the real encoder on tensors without contents."""
     from repa_scale import torchvision_fix
@@ -234,6 +235,7 @@ def test_what_cannot_fit_is_said(capsys):
 # The verb.
 
 
+@pytest.mark.long
 def test_every_backbone_encoder_and_gpu_has_a_plan():
     for model in BACKBONES:
         plan([f"model.name={model}/2", "alignment.repa.depth=1", "train.global_batch=64"])

@@ -90,6 +90,7 @@ def test_a_run_names_the_files_that_it_reads():
     assert weights.needed(compose(["experiment=demo_repa"])) == []
 
 
+@pytest.mark.long
 def test_networks_are_built_from_the_cache_without_the_hub(hub, tmp_path):
     """Two sorts of weights, made by the libraries themselves; the second time nobody is asked."""
     import timm
