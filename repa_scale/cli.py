@@ -26,6 +26,10 @@ VERBS = {
     "sample": Verb("repa_scale.sample", "a checkpoint or an export -> images"),
     "evaluate": Verb("repa_scale.evaluate", "samples -> do they show the labels they were asked for?"),
     "compare": Verb("repa_scale.compare", "MLflow runs -> the report of REPA against its baseline"),
+    "doctor": Verb("repa_scale.doctor", "what this machine or cluster can run, and what stands in the way"),
+    "plan": Verb(
+        "repa_scale.plan", "model, GPUs, batch -> memory, step time, days and cost, before a cluster is booked"
+    ),
     "export": Verb("repa_scale.export", "a checkpoint -> safetensors"),
 }
 

@@ -19,6 +19,7 @@ from repa_scale.config import Config, TermConfig
 from repa_scale.errors import ConfigError, did_you_mean, require
 from repa_scale.sizes import backbone
 
+EXAMPLE = "repa-scale train experiment=demo_repa run.dir=runs/first"
 # Flags of `deepspeed` and `torchrun` that carry a value; those of Hydra that have no meaning here are refused.
 RANK_FLAGS = ("--local_rank", "--local-rank")
 DEEPSPEED_FLAGS = ("--deepspeed_config", "--deepspeed-config")
@@ -110,8 +111,6 @@ def presets() -> list[str]:
 
 def help_text() -> str:
     """The help of `repa-scale train`."""
-    from repa_scale.train import EXAMPLE
-
     lines = [
         "usage: repa-scale train [experiment=PRESET | --config FILE] [key=value ...]",
         "",

@@ -15,8 +15,10 @@ from repa_scale.errors import ConfigError, DataError, UserError, reason, require
 from repa_scale.kernels import normalize_tokens, uses_triton
 from repa_scale.models.weights import check_names
 from repa_scale.sizes import EncoderSpec, encoder_spec
+from repa_scale.weights import encoder_files, local
 
 RANDOM_SEED = 0  # of `weights=random`, so that all ranks have the same encoder
+INSTEAD = "give a local file (alignment.NAME.weights=path), or an encoder that a package brings (effnet-lite0)"
 
 
 class Encoder(nn.Module):
@@ -149,12 +151,16 @@ def _from_hub(timm, spec: EncoderSpec, name: str, tag: str, size: dict) -> nn.Mo
     if not tag:
         instead = "use alignment.NAME.weights=package" if spec.package else "give its file: alignment.NAME.weights=path"
         raise ConfigError(f"encoder={name} is not on the hub; {instead}")
+    files = encoder_files(name)
     try:
-        return timm.create_model(spec.timm_name, pretrained=True, **size)
+        # From the cache without a word to the hub, once the file is there.
+        overlay = {"file": str(local(files[0]))} if files else None
+        return timm.create_model(spec.timm_name, pretrained=True, pretrained_cfg_overlay=overlay, **size)
+    except UserError as error:
+        raise UserError(f"the weights of {error}; {INSTEAD}") from None
     except Exception as error:  # each of the hub's libraries raises its own
         raise UserError(
-            f"the weights of encoder={name} ({spec.timm_name}) cannot be fetched: {reason(error)}; "
-            "give a local file (alignment.NAME.weights=path), or an encoder that a package brings (effnet-lite0)"
+            f"the weights of encoder={name} ({spec.timm_name}) cannot be fetched: {reason(error)}; {INSTEAD}"
         ) from None
 
 

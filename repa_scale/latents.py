@@ -11,6 +11,7 @@ from repa_scale import torchvision_fix
 from repa_scale.config import Config
 from repa_scale.errors import UserError, reason, require
 from repa_scale.sizes import LatentSpec, latent_spec
+from repa_scale.weights import local, vae_files
 
 RANDOM_SEED = 0  # of `latents.weights=random`, so that all ranks have the same VAE
 KL_SHAPE = {  # of Stable Diffusion's AutoencoderKL, for random weights
@@ -95,12 +96,19 @@ def _load(kind: type, spec: LatentSpec, source: str, name: str) -> nn.Module:
 
     Diffusers only warns of another class or of missing tensors, which it then draws at random.
     """
-    local = {"local_files_only": Path(source).is_dir()}
+    if not Path(source).is_dir():  # from the cache without a word to the hub, once the files are there
+        try:
+            config, _ = (local(file) for file in vae_files(source, f"latents.name={name}"))
+        except UserError as error:
+            raise UserError(f"the weights of {error}; or give a local folder (latents.weights=folder)") from None
+        source = str(config.parent)
     try:
-        found = kind.load_config(source, **local).get("_class_name", kind.__name__)
+        found = kind.load_config(source, local_files_only=True).get("_class_name", kind.__name__)
         # Without `low_cpu_mem_usage=False` diffusers asks for the package accelerate.
         if found == kind.__name__:
-            vae, loaded = kind.from_pretrained(source, **local, low_cpu_mem_usage=False, output_loading_info=True)
+            vae, loaded = kind.from_pretrained(
+                source, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
+            )
     except Exception as error:  # each of the hub's libraries raises its own
         raise UserError(
             f"the weights of latents.name={name} cannot be read from {source}: {reason(error)}; "

@@ -117,3 +117,9 @@ def build_objective(config: Config) -> Objective:
         z = encoder_spec(settings.encoder).width
         projectors[name] = build_projector(settings.projector, width, settings.projector_dim, z, grid)
     return Objective(model, projectors, terms)
+
+
+def count_parameters(config: Config) -> int:
+    """Trained parameters of backbone and projectors. Nothing is allocated."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in build_objective(config).parameters())

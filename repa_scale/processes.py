@@ -1,4 +1,4 @@
-"""Processes that belong together: found and ended by a mark in their environment, deaf to wishes, ending with their parent.
+"""Processes that belong together: found and ended by a mark in their environment, deaf to wishes, ending together.
 
 No torch.
 """

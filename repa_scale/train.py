@@ -13,8 +13,6 @@ from pathlib import Path
 
 from repa_scale.errors import OUTCOME_VARIABLE, ConfigError, ExitCode, UserError, reason
 
-EXAMPLE = "repa-scale train experiment=demo_repa run.dir=runs/first"
-
 log = logging.getLogger("repa_scale")
 
 
@@ -76,6 +74,7 @@ def run(config) -> ExitCode:
     check_dataset(dataset, config.model.num_classes, config.data.image_size, config.train.global_batch)
     dataset.cached = stored_features_of(config, dataset)
     from repa_scale.deepspeed_config import deepspeed_dict
+    from repa_scale.objective import count_parameters
     from repa_scale.state import check_initial
 
     check_initial(config)
@@ -223,16 +222,6 @@ def _restore(path: Path, url: str, identity: dict) -> None:
             restore_newest(path, store, identity["keys"])
     except OSError as error:
         raise UserError(f"run.dir={path}: the checkpoint of {KEY}={url} cannot be written there ({error})") from None
-
-
-def count_parameters(config) -> int:
-    """Trained parameters of backbone and projectors."""
-    import torch
-
-    from repa_scale.objective import build_objective
-
-    with torch.device("meta"):
-        return sum(p.numel() for p in build_objective(config).parameters())
 
 
 def _device_name(device) -> str:

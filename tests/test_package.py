@@ -42,7 +42,18 @@ FORBIDDEN = {
     "ema": {"streaming", "mlflow", "hydra", "deepspeed"},
     **{
         verb: {"repa_scale.trainer", "repa_scale.engine", "deepspeed"}
-        for verb in ("prepare", "sample", "evaluate", "export", "compare", "trained", "checkpoints", "supervise")
+        for verb in (
+            "prepare",
+            "sample",
+            "evaluate",
+            "export",
+            "compare",
+            "trained",
+            "checkpoints",
+            "supervise",
+            "plan",
+            "doctor",
+        )
     },
 }
 # These hold Triton functions, which need it when they are defined; kernels/__init__.py imports them when one is chosen.

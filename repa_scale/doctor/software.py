@@ -1,0 +1,161 @@
+"""Checks of what is installed: versions, whether they fit each other, and the same code and settings on every node."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata as metadata
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+from repa_scale.doctor.finding import FAIL, NOTE, OK, WARN, Finding, Look
+
+SHOWN = ("torch", "deepspeed", "triton", "nvidia-dali-cuda130", "numpy", "timm", "diffusers", "mosaicml-streaming")
+EXTRAS = ("train", "data", "track")  # that a run needs
+# The distributions whose own requirements are compared with what is installed.
+OWNERS = ("repa-scale", "torch", "torchvision", "deepspeed", "mosaicml-streaming")
+# CPU builds of torch are installed without these, and constraints.txt pins them apart.
+APART = {("torchvision", "torch"), ("torch", "triton")}
+INSTALL = "install the versions of constraints.txt"
+
+
+def python(look: Look) -> list[Finding]:
+    """Python's version, against what the package asks for."""
+    from packaging.specifiers import SpecifierSet
+
+    asked = metadata.metadata("repa-scale")["Requires-Python"] or ""
+    state = OK if platform.python_version() in SpecifierSet(asked) else FAIL
+    return [Finding("python", state, platform.python_version(), "" if state == OK else f"use Python {asked}")]
+
+
+def packages(look: Look) -> list[Finding]:
+    """Versions of the stack, each against what the others ask of it."""
+    from packaging.requirements import Requirement
+
+    unfit = []
+    for owner in OWNERS:
+        if version(owner) is None:
+            if owner == "repa-scale":
+                return [Finding("packages", FAIL, "repa-scale is not installed", "pip install 'repa-scale[all]'")]
+            continue
+        for line in metadata.requires(owner) or []:
+            asked = Requirement(line)
+            extras = EXTRAS if owner == "repa-scale" else ("",)
+            if asked.marker and not any(asked.marker.evaluate({"extra": extra}) for extra in extras):
+                continue
+            have = version(asked.name)
+            if have is None and (owner, asked.name) in APART:
+                continue
+            if have is None and owner == "repa-scale":
+                unfit.append(f"{asked.name} is absent")
+            elif have is not None and not asked.specifier.contains(have, prereleases=True):
+                unfit.append(f"{asked.name} {have} ({owner} asks for {asked.specifier})")
+    words = ", ".join(f"{name} {version(name)}" for name in SHOWN if version(name))
+    if unfit:
+        return [Finding("packages", FAIL, "; ".join(unfit), INSTALL)]
+    return [Finding("packages", OK, words)]
+
+
+def version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def cuda(look: Look) -> list[Finding]:
+    """torch's CUDA and NCCL, DALI's CUDA and the driver's."""
+    import torch
+
+    built, driver = torch.version.cuda, driver_cuda()
+    if built is None:
+        if driver is None:
+            return [Finding("cuda", NOTE, "torch is a CPU build, and there is no NVIDIA driver")]
+        return [Finding("cuda", FAIL, f"torch is a CPU build beside a driver for CUDA {driver}", INSTALL)]
+    words = f"torch for CUDA {built}, NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
+    if driver is None:
+        return [
+            Finding(
+                "cuda",
+                WARN,
+                f"{words}, but no NVIDIA driver",
+                "install the driver, or run the container with --gpus all",
+            )
+        ]
+    if _numbers(driver) < _numbers(built)[:1]:
+        return [
+            Finding("cuda", FAIL, f"{words}, driver for CUDA {driver}", f"install a driver for CUDA {built} or newer")
+        ]
+    dali = next(
+        (d.metadata["Name"] for d in metadata.distributions() if d.metadata["Name"].startswith("nvidia-dali-cuda")), ""
+    )
+    if dali and not dali.endswith(f"cuda{built.split('.')[0]}0"):
+        return [Finding("cuda", FAIL, f"{words}, {dali}", f"install nvidia-dali-cuda{built.split('.')[0]}0")]
+    if not torch.cuda.is_available():
+        return [
+            Finding(
+                "cuda",
+                FAIL,
+                f"{words}, driver for CUDA {driver}, and torch sees no GPU",
+                "see CUDA_VISIBLE_DEVICES and `nvidia-smi`",
+            )
+        ]
+    return [Finding("cuda", OK, f"{words}, driver for CUDA {driver}")]
+
+
+def driver_cuda() -> str | None:
+    """The newest CUDA that the driver runs; None: there is no driver."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    done = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=30)
+    found = re.search(r"CUDA Version:\s*(\d+\.\d+)", done.stdout)
+    return found[1] if found else None
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(".")]
+
+
+def compiler(look: Look) -> list[Finding]:
+    """A C compiler, which Triton's launchers and torch.compile need."""
+    found = next((name for name in ("gcc", "cc", "clang") if shutil.which(name)), None)
+    if found is None:
+        return [
+            Finding(
+                "compiler",
+                WARN,
+                "there is no C compiler",
+                "apt-get install gcc; or alignment.kernel=torch and train.compile=false",
+            )
+        ]
+    return [Finding("compiler", OK, found)]
+
+
+def file_hash(path: str) -> str:
+    """Of a file as this node sees it; `absent` where there is none."""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    except OSError:
+        return "absent"
+
+
+def facts(look: Look) -> dict:
+    """What all nodes must have in common (across.py)."""
+    from repa_scale.deepspeed_config import packaged_file
+    from repa_scale.launch.code import code_hashes, versions
+
+    files = {
+        "ds_config.json": str(packaged_file()),
+        look.config_file: look.config_file,
+        look.deepspeed_file: look.deepspeed_file,
+    }
+    import torch
+
+    return {
+        "gpus": torch.cuda.device_count(),
+        "code": code_hashes(),
+        "versions": versions(),
+        "files": {name: file_hash(path) for name, path in files.items() if path},
+    }
