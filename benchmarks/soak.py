@@ -10,6 +10,7 @@ parted. Losses, norms and batches of every step must be equal to the last bit.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import shutil
@@ -47,7 +48,7 @@ LOST_AFTER = 6
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30.0, help="how long it is disturbed, at least about")
-    parser.add_argument("--every", type=float, default=60.0, help="seconds between two faults")
+    parser.add_argument("--every", type=float, default=40.0, help="seconds that each start trains until it is broken")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if reason := why_not():
@@ -103,11 +104,16 @@ def soak(nodes: TwoNodes, folder: Path, args: argparse.Namespace) -> None:
 
 
 def disturb(nodes: TwoNodes, process, run: Path, every: float, chance: random.Random) -> list[str]:
-    """One fault every `every` seconds of which the run trains, until it ends. Returns their names."""
-    faults, struck, seen = [], time.monotonic(), 0
+    """One fault each time that a start has trained for `every` seconds, until the run ends. Returns their names."""
+    faults, broken, trains_since = [], 0, 0.0  # `broken`: the last attempt that was disturbed
     while process.poll() is None:
         time.sleep(0.2)
-        if time.monotonic() - struck < every or last_step(run) <= seen:  # each start comes a step further
+        attempt = last_attempt(run)
+        if attempt <= broken:
+            trains_since = 0.0
+            continue
+        trains_since = trains_since or time.monotonic()
+        if time.monotonic() - trains_since < every:
             continue
         fault = chance.choice([*VICTIMS, "network"])
         if fault == "network":
@@ -122,10 +128,18 @@ def disturb(nodes: TwoNodes, process, run: Path, every: float, chance: random.Ra
                 continue
             with suppress(ProcessLookupError):
                 os.kill(victims[0], signal.SIGKILL)
-        struck, seen = time.monotonic(), last_step(run)
+        broken = attempt
         faults.append(fault)
-        print(f"soak: step {seen}: {fault}", flush=True)
+        print(f"soak: start {attempt}, step {last_step(run)}: {fault}", flush=True)
     return faults
+
+
+def last_attempt(run: Path) -> int:
+    """Of the last row of metrics.jsonl; 0: there is none."""
+    try:
+        return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["attempt"]
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 if __name__ == "__main__":
