@@ -304,6 +304,7 @@ def assert_agree(cached, live):
 
 
 @pytest.mark.distributed
+@pytest.mark.long
 def test_two_ranks_prepare_one_set_and_training_takes_it(tmp_path):
     """Under torchrun the bytes are those of one process; 6 steps from the cache are those from the pictures."""
     command = ["digits", "--size", "8", "--limit", "600", "--moments", "identity-grey", "--workers", "1"]

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from counts import COUNTS
 
 HERE = Path(__file__).parent
-COUNTS = {}
 
 
 @pytest.fixture(scope="session")

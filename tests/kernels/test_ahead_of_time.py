@@ -27,7 +27,7 @@ def build_all(complete):
 
 @pytest.fixture(scope="module")
 def built():
-    from conftest import COUNTS
+    from counts import COUNTS
 
     found = build_all(complete=False)
     for architecture in sorted({b.variant.architecture for b in found}):
