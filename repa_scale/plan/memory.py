@@ -10,7 +10,7 @@ from dataclasses import dataclass
 COMPUTE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}  # of a weight in the forward pass, and of an activation
 MASTER, MOMENTS, EMA = 4, 8, 4  # fp32
 # What a block keeps of each token for its backward pass, in units of D, at 2 bytes an element.
-SAVED_EAGER, SAVED_COMPILED, SAVED_CHECKPOINTED = 40, 34, 2
+SAVED_EAGER, SAVED_COMPILED, SAVED_CHECKPOINTED, BACKWARD = 40, 34, 2, 9
 VAE_BYTES = {"kl": 4 * 83_653_863, "tiny": 4 * 2_445_063, "identity": 0}  # in fp32 (frozen.py)
 VAE_PEAK = {"kl": 2560, "tiny": 780, "identity": 0}  # bytes a pixel while it encodes
 RUNTIME = 1.5e9
@@ -65,11 +65,11 @@ def activation_bytes(
     """What the blocks keep for the backward pass of one micro batch.
 
     Source: counted by dispatch: 40 D bytes a token and block eager in bf16, 34 D compiled, 80 D in fp32; checkpointed
-    2 D, and one block whole.
+    2 D, and one block whole with the 9 D that its backward pass makes (which are small beside all blocks' otherwise).
     """
     one = images * tokens * width * COMPUTE_BYTES[precision] / 2
     whole = SAVED_COMPILED if compiled else SAVED_EAGER
-    return one * (depth * SAVED_CHECKPOINTED + whole if checkpointed else depth * whole)
+    return one * (depth * SAVED_CHECKPOINTED + whole + BACKWARD if checkpointed else depth * whole)
 
 
 def projector_bytes(images: int, tokens: int, hidden: int, target: int, precision: str, fused: bool) -> float:
