@@ -139,7 +139,7 @@ def test_a_term_that_stops_runs_its_encoder_no_more(words, tmp_path):
     assert [("alignment_loss" in row) for row in rows] == [True] * 4 + [False] * 8
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_sigterm_to_any_rank_saves_and_ends_with_75(words, undisturbed, tmp_path, rank):
     run = tmp_path / "run"
     launch = Launch([*words, "train.steps=100000"], run, 2, "torchrun")

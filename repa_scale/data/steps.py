@@ -172,10 +172,10 @@ class Steps(Dataset):
             if not self.dataset.cached.pictures:  # nothing else to do meanwhile
                 self.dataset.reader.will_need(numbers)
             features = self.dataset.cached.buffers(len(numbers))
-            flips = self._flips(step, index)
+            places = zip(index.tolist(), numbers, self._flips(step, index), strict=True)
             samples = [
-                self.sample(int(position), number, flipped, bad, self.dataset.cached.places(features, row, flipped))
-                for row, (position, number, flipped) in enumerate(zip(index, numbers, flips, strict=True))
+                self.sample(position, number, flipped, bad, self.dataset.cached.places(features, row, flipped))
+                for row, (position, number, flipped) in enumerate(places)
             ]
             if self.decoder == "dali" and self.dataset.cached.pictures:
                 return Encoded(samples, index, features, tuple(bad))
