@@ -122,7 +122,7 @@ def test_five_kills_of_the_command(cifar5000, tmp_path):
     out, deaths = tmp_path / "killed", []
     while len(deaths) < KILLS:
         process = subprocess.Popen([*command, str(out), "--workers", "2"], start_new_session=True)
-        time.sleep(random.uniform(0.12, 0.3) * seconds)
+        time.sleep(random.uniform(0.05, 0.15) * seconds)
         assert process.poll() is None, "it was killed while it worked"
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
