@@ -66,6 +66,16 @@ class S3Server:
             config=Config(connect_timeout=2, read_timeout=10, retries={"max_attempts": 1}),
         )
 
+    @contextmanager
+    def bucket(self, name: str):
+        """An empty bucket, which is gone afterwards with all that was put into it."""
+        self.client().create_bucket(Bucket=name)
+        yield
+        client = self.client()
+        for entry in client.list_objects_v2(Bucket=name).get("Contents", ()):
+            client.delete_object(Bucket=name, Key=entry["Key"])
+        client.delete_bucket(Bucket=name)
+
     def upload(self, folder: Path, bucket: str, prefix: str) -> None:
         """All files below `folder`, into a bucket that is made where it is absent."""
         client = self.client()

@@ -34,12 +34,8 @@ def source(tmp_path_factory):
 @pytest.fixture
 def bucket(s3_server, monkeypatch):  # noqa: F811
     monkeypatch.setattr(Recipe, "part_items", 20)
-    s3_server.client().create_bucket(Bucket=BUCKET)
-    yield s3_server
-    client = s3_server.client()
-    for entry in client.list_objects_v2(Bucket=BUCKET).get("Contents", ()):
-        client.delete_object(Bucket=BUCKET, Key=entry["Key"])
-    client.delete_bucket(Bucket=BUCKET)
+    with s3_server.bucket(BUCKET):
+        yield s3_server
 
 
 def prepare(source, url, scratch, *more):

@@ -21,12 +21,8 @@ IDENTITY = {"seed": 0, "train.global_batch": 8}
 
 @pytest.fixture
 def server(s3_server):  # noqa: F811
-    s3_server.client().create_bucket(Bucket=BUCKET)
-    yield s3_server
-    client = s3_server.client()
-    for entry in client.list_objects_v2(Bucket=BUCKET).get("Contents", ()):
-        client.delete_object(Bucket=BUCKET, Key=entry["Key"])
-    client.delete_bucket(Bucket=BUCKET)
+    with s3_server.bucket(BUCKET):
+        yield s3_server
 
 
 def save(run, step, seed=0):

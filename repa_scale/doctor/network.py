@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import subprocess
@@ -10,7 +9,7 @@ import threading
 from dataclasses import dataclass
 
 from repa_scale.doctor.finding import FAIL, OK, WARN, Finding
-from repa_scale.doctor.nodes import start
+from repa_scale.doctor.nodes import events, start
 
 PATIENCE = 150.0  # seconds for the whole test
 LATENCY = 5e-3  # seconds there and back of a small message: beyond it nodes do not share a cluster's network
@@ -146,14 +145,3 @@ def _broken(names: list[str], came: set[int], errors: dict[int, str]) -> list[Fi
         Finding("all-reduce", FAIL, f"{what}: {errors.get(node, 'no answer')}", remedy, names[node])
         for node in absent or range(len(names))
     ]
-
-
-def events(process: subprocess.Popen):
-    """Lines of a process that are events."""
-    for line in process.stdout:
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict) and "event" in event:
-            yield event

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -136,16 +136,20 @@ def _tell(process: subprocess.Popen, **words: object) -> None:
     process.stdin.flush()
 
 
-def _event(process: subprocess.Popen) -> dict | None:
-    """The next line that is an event; None: there will be none. Greetings of a log-in shell are passed over."""
+def events(process: subprocess.Popen) -> Iterator[dict]:
+    """Lines of a process that are events. Greetings of a log-in shell are passed over."""
     for line in process.stdout:
         try:
             event = json.loads(line)
         except ValueError:
             continue
         if isinstance(event, dict) and "event" in event:
-            return event
-    return None
+            yield event
+
+
+def _event(process: subprocess.Popen) -> dict | None:
+    """The next event; None: there will be none."""
+    return next(events(process), None)
 
 
 def _last_words(process: subprocess.Popen) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
+from launching import BIN, last_step
 from nodes import Node, TwoNodes
 
 from repa_scale.run_folder import read_metrics, read_status
@@ -37,8 +37,6 @@ class Started:
         cwd: Path | None = None,
         **environment: str,
     ) -> None:
-        from launching import BIN
-
         self.nodes, self.run = nodes, run
         cwd = cwd or run.parent
         self.output = (cwd if cwd != nodes.private else run.parent) / f"output-{time.time_ns()}"
@@ -82,11 +80,3 @@ class Started:
         ]:
             assert time.monotonic() < deadline, left
             time.sleep(0.1)
-
-
-def last_step(run: Path) -> int:
-    try:
-        lines = (run / "metrics.jsonl").read_text().splitlines()
-        return max((json.loads(line)["step"] for line in lines), default=0)
-    except (OSError, ValueError):
-        return 0

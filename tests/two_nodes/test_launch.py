@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from jobs import ROOT, TINY, Started, last_step
-from launching import BIN, exact
+from jobs import ROOT, TINY, Started
+from launching import BIN, exact, last_step
 
 from repa_scale.compose import compose
 from repa_scale.run_folder import read_status

@@ -5,8 +5,8 @@ import os
 import time
 
 import pytest
-from jobs import ROOT, TINY, last_step
-from launching import BIN, exact, train
+from jobs import ROOT, TINY
+from launching import BIN, exact, last_step, train
 from slurm import Slurm, why_not
 
 from repa_scale.run_folder import read_metrics, read_status
