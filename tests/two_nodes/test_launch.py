@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from jobs import ROOT, TINY, Started
+from jobs import BYSTANDER, ROOT, TINY, Started
 from launching import BIN, exact, last_step
 
 from repa_scale.compose import compose
@@ -132,7 +132,7 @@ def test_7_no_shared_folder(nodes, data, tmp_path):
     assert "is not the same folder on all nodes: rs-b does not see" in started.text()
     assert "must lie on a file system that all nodes share" in started.text()
     assert nodes.run(nodes.a, "ls", nodes.private / "run").returncode != 0, "what was made for it is gone again"
-    started.wait_until_nothing_is_left(5.0, "none")
+    started.wait_until_nothing_is_left(5.0)
 
 
 def test_6_other_code_on_a_node_is_refused(nodes, tmp_path):
@@ -155,7 +155,7 @@ def test_2_sigterm_saves_on_all_nodes(nodes, data, tmp_path):
     started.wait_for_step(2)
     os.kill(started.process_of(nodes.a, "bin/repa-scale launch"), signal.SIGTERM)
     assert started.wait() == 75, started.text()
-    started.wait_until_nothing_is_left(2.0, "none")
+    started.wait_until_nothing_is_left(2.0)
     status = read_status(started.run)
     assert status["state"] == "preempted"
     (saved,) = (started.run / "checkpoints").glob("step_*")
@@ -166,13 +166,13 @@ def test_2_sigterm_saves_on_all_nodes(nodes, data, tmp_path):
 def bystander(nodes, tmp_path_factory):
     """Another job of the same user on node B, under deepspeed itself."""
     folder = tmp_path_factory.mktemp("bystander")
-    (folder / "bystander.py").write_text("import time\nopen('up', 'w').close()\ntime.sleep(600)\n")
-    process = nodes.start(nodes.b, [BIN / "deepspeed", "--num_gpus", 1, "bystander.py"], folder)
+    (folder / BYSTANDER).write_text("import time\nopen('up', 'w').close()\ntime.sleep(600)\n")
+    process = nodes.start(nodes.b, [BIN / "deepspeed", "--num_gpus", 1, BYSTANDER], folder)
     until = time.monotonic() + 60
     while not (folder / "up").exists():
         assert time.monotonic() < until and process.poll() is None
         time.sleep(0.1)
-    before = nodes.processes("bystander.py")["rs-b"]
+    before = nodes.processes(BYSTANDER)["rs-b"]
     assert len(before) == 3, "deepspeed, launch.py and the script"
     yield before
     for pid in before:
@@ -202,11 +202,11 @@ def test_3_a_death_ends_the_job(nodes, data, tmp_path, bystander, where, part, s
     began = time.monotonic()
     os.kill(victim, signal.SIGKILL)
     code = started.wait(10.0)
-    started.wait_until_nothing_is_left(10.0 - (time.monotonic() - began), "bystander.py")
+    started.wait_until_nothing_is_left(10.0 - (time.monotonic() - began))
     assert time.monotonic() - began < 10.0
     assert code == 70 or (code == -signal.SIGKILL and not said)
     assert said in started.text(), started.text()
-    assert nodes.processes("bystander.py")["rs-b"] == bystander, "another job of the same user was touched"
+    assert nodes.processes(BYSTANDER)["rs-b"] == bystander, "another job of the same user was touched"
 
 
 @pytest.mark.long
@@ -222,7 +222,7 @@ def test_4_a_parted_network(nodes, data, tmp_path):
     began = time.monotonic()
     try:
         assert started.wait(20.0) == 70
-        started.wait_until_nothing_is_left(20.0 - (time.monotonic() - began), "bystander.py")
+        started.wait_until_nothing_is_left(20.0 - (time.monotonic() - began))
     finally:
         nodes.rejoin()
     assert "rs-b is lost: nothing was heard of it for 6 s" in started.text()
@@ -256,7 +256,7 @@ def test_a_node_that_cannot_be_reached(nodes, tmp_path):
         nodes.rejoin()
     assert "rs-b cannot be used (ssh: connect to host rs-b port 22" in started.text()
     assert not (tmp_path / "run").exists()
-    started.wait_until_nothing_is_left(2.0, "none")
+    started.wait_until_nothing_is_left(2.0)
 
 
 def test_9_wrong_host_files_and_variables(tmp_path):
