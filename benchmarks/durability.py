@@ -13,15 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import defaultdict
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -65,6 +64,8 @@ def main() -> None:
         row |= start(args, "load", 1)
         row["universal_seconds"] = universal(Path(folder))
     row["step"] = step_costs()
+    with tempfile.TemporaryDirectory(prefix="restart-") as folder:
+        row["restart"] = restart(Path(folder), args.rounds)
     show(row)
     write_row("durability", row)
 
@@ -191,12 +192,12 @@ def load(args: argparse.Namespace) -> dict:
     ranks = Ranks.from_environment("cpu")
     ranks.start()
     engine, ema, _ = build(args, ranks)
-    before = _peak_bytes()
-    began = time.perf_counter()
-    reader = newest_verified(Path(args.folder) / "ours", ranks)
-    verified = time.perf_counter() - began
-    load_state(engine, ema, reader)
-    ours, memory = time.perf_counter() - began, _peak_bytes() - before
+    with PeakMemory() as memory:
+        began = time.perf_counter()
+        reader = newest_verified(Path(args.folder) / "ours", ranks)
+        verified = time.perf_counter() - began
+        load_state(engine, ema, reader)
+        ours = time.perf_counter() - began
     largest = max(4 * shard.master.numel() for shard in engine.shards)
     state = {}
     for rank in range(2):  # the flat tensors as two ranks wrote them: no resharding is asked of it
@@ -213,7 +214,7 @@ def load(args: argparse.Namespace) -> dict:
             "ours_seconds": ours,
             "of_it_verifying_seconds": verified,
             "torch_distributed_checkpoint_seconds": theirs,
-            "ours_more_peak_bytes": memory,
+            "ours_more_peak_bytes": memory.bytes,
             "largest_parameter_bytes": largest,
         }
     }
@@ -283,6 +284,46 @@ def step_costs() -> dict:
     return {"microseconds": 1e6 * seconds / count, "one_percent_of_a_step_of_seconds": 100 * seconds / count}
 
 
+def restart(folder: Path, rounds: int) -> dict:
+    """Seconds from SIGKILL to all ranks of a run to its first new step, started again at once; and what two processes
+    take to import torch and DeepSpeed alone, which no start can do without."""
+    sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+    from launching import SMALL, Launch
+
+    data = folder / "digits"
+    prepare = [sys.executable, "-m", "repa_scale", "prepare", "digits", "--out", data, "--size", "8"]
+    subprocess.run([str(word) for word in prepare], check=True, capture_output=True)
+    words = [*SMALL, "method=baseline", f"data.path={data}", "train.steps=100000", "train.checkpoint_every=1"]
+    run, seconds = folder / "run", []
+    launch = Launch(words, run)
+    launch.wait_for_step(3)
+    for _ in range(rounds):
+        began = time.perf_counter()
+        launch.kill()
+        before = _attempt_of_last_row(run)
+        launch = Launch(words, run)
+        while _attempt_of_last_row(run) == before and launch.process.poll() is None:
+            time.sleep(0.01)
+        seconds.append(time.perf_counter() - began)
+    launch.kill()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    imports = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        bare = [subprocess.Popen([sys.executable, "-c", "import torch, deepspeed"], env=environment) for _ in range(2)]
+        for process in bare:
+            process.wait()
+        imports.append(time.perf_counter() - began)
+    return {"kill_to_new_step_seconds": statistics.median(seconds), "imports_seconds": statistics.median(imports)}
+
+
+def _attempt_of_last_row(run: Path) -> int:
+    try:
+        return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["attempt"]
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
 def show(row: dict) -> None:
     print(f"\n{row['model']}, 2 processes, {row['bytes'] / 1e9:.2f} GB; medians of {row['rounds']} rounds")
     print(f"  copy to host memory {row['copy_seconds']:.3f} s")
@@ -294,6 +335,11 @@ def show(row: dict) -> None:
         print(f"  load: ds_to_universal before DeepSpeed's own  {row['universal_seconds']:.3f} s")
     for name, value in row["checksums"].items():
         print(f"  {name:12s} {value:6.2f} GB/s")
+    again = row["restart"]
+    print(
+        f"  kill to first new step: {again['kill_to_new_step_seconds']:.2f} s, of which two processes take "
+        f"{again['imports_seconds']:.2f} s to import torch and DeepSpeed alone"
+    )
     print(f"  a step's watchdog, judge, flags and goodput: {row['step']['microseconds']:.0f} us")
 
 
@@ -303,12 +349,31 @@ def _seconds(work) -> float:
     return time.perf_counter() - began
 
 
-def _peak_bytes() -> int:
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+class PeakMemory:
+    """How many bytes the process's own (anonymous) memory grew at most, looked at every 2 ms: not the pages of mapped
+    files, which the system takes back whenever it likes. Use as a context; then `bytes`."""
+
+    def __enter__(self) -> PeakMemory:
+        self.bytes, self._before, self._over = 0, _anonymous_bytes(), threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+        return self
+
+    def _look(self) -> None:
+        while not self._over.wait(0.002):
+            self.bytes = max(self.bytes, _anonymous_bytes() - self._before)
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        self.bytes = max(self.bytes, _anonymous_bytes() - self._before)
+
+
+def _anonymous_bytes() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
 if __name__ == "__main__":
