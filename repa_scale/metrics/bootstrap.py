@@ -28,6 +28,11 @@ class Estimate:
     low: float | None = None
     high: float | None = None
 
+    def within(self, least: float, most: float) -> Estimate:
+        """With the interval cut to the values that the metric can have."""
+        edges = (None if edge is None else min(max(edge, least), most) for edge in (self.low, self.high))
+        return Estimate(self.value, *edges)
+
 
 def by_resampling(value: float, influence: Tensor, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
     """Percentile interval by resampling influences.
