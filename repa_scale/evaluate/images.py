@@ -141,8 +141,8 @@ def enough_images(kinds: list[str], images: ImageSet, asked: bool) -> list[str]:
     if short and (asked or "fd" in short):
         classes = ", one for each of Inception's classes" if short[0] == "is" else ""
         raise DataError(
-            f"{images.name} has {images.count} images, {short[0]} needs at least {least[short[0]]}{classes}; draw more: "
-            "repa-scale sample RUN --n 50000"
+            f"{images.name} has {images.count} images, {short[0]} needs at least {least[short[0]]}{classes}; "
+            "draw more: repa-scale sample RUN --n 50000"
         )
     return [kind for kind in kinds if kind not in short]
 

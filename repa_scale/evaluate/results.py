@@ -20,9 +20,7 @@ from repa_scale.metrics.bootstrap import Estimate
 SCHEMA = 1  # of the JSON (docs/evaluation.md)
 SHOWN = {"inception_score": "IS", "fid": "FID", "sfid": "sFID"}
 # Of the samples' sidecar: what must be equal for two values to be compared.
-PROTOCOL = (
-    "weights", "sampler", "steps", "guidance", "interval", "labels", "seed", "rounding", "vae", "dtype", "block",
-)  # fmt: skip
+PROTOCOL = ("weights", "sampler", "steps", "guidance", "interval", "seed", "latents", "precision", "rounding", "path")
 
 
 def read_sidecar(source: Path) -> dict[str, Any]:
@@ -97,6 +95,7 @@ def protocol_of(extractor: Extractor, reference: Features, sidecar: dict[str, An
         "reference_fingerprint": reference.fingerprint,
         "reference_count": reference.count or None,
         **{key: sidecar[key] for key in PROTOCOL if key in sidecar},
+        **({"labels": sidecar["classes"]} if "classes" in sidecar else {}),
     }
 
 
