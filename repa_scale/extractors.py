@@ -137,11 +137,16 @@ def extractor_spec(name: str) -> ExtractorSpec:
 
 def bicubic(images: Tensor, size: int = INPUT) -> Tensor:
     """(N, 3, H, W) uint8 -> (N, 3, size, size) float32 whole numbers in [0, 255]: what Pillow's bicubic filter gives,
-    on any device (within one level: it sums in integers)."""
+    on any device (within one level: it sums in integers). Like Pillow it rounds between the axes."""
     x = images.float()
-    if x.shape[-2:] != (size, size):
-        x = F.interpolate(x, size=(size, size), mode="bicubic", align_corners=False, antialias=True)
-    return x.round_().clamp_(0, 255)
+    for shape in ((x.shape[2], size), (size, size)):
+        if x.shape[2:] != shape:
+            x = (
+                F.interpolate(x, size=shape, mode="bicubic", align_corners=False, antialias=True)
+                .round_()
+                .clamp_(0, 255)
+            )
+    return x
 
 
 class _Tokens(nn.Module):
