@@ -36,10 +36,10 @@ def cache(tmp_path_factory):
 
 @pytest.fixture
 def place(tmp_path, cache, monkeypatch):
-    """A folder with 10 samples and 12 reference images; the cache is common to all tests."""
+    """A folder with 13 samples and 12 reference images; the cache is common to all tests."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    np.savez("samples.npz", arr_0=pictures(10, 0), labels=np.arange(10))
+    np.savez("samples.npz", arr_0=pictures(13, 0), labels=np.arange(13))
     np.savez_compressed("reference.npz", arr_0=pictures(12, 1))
     return tmp_path
 
@@ -59,14 +59,14 @@ def refused(capsys, *words):
 
 def test_values_are_those_of_the_features(place, extractor, capsys):
     assert cli.main(["evaluate", "samples.npz", "--reference", "reference.npz", "--batch", "4"]) == 0
-    ours, real = (extractor(torch.from_numpy(pictures(*which)).permute(0, 3, 1, 2)) for which in ((24, 0), (30, 1)))
+    ours, real = (extractor(torch.from_numpy(pictures(*which)).permute(0, 3, 1, 2)) for which in ((13, 0), (12, 1)))
     found = results()
     assert set(found) == {"fd_effnet", "kid_effnet", "precision_effnet", "recall_effnet"}
     distance = frechet_distance(Moments.of(ours), Moments.of(real))
     assert found["fd_effnet"]["value"] == pytest.approx(distance, rel=1e-4)
     assert found["kid_effnet"]["value"] == pytest.approx(kernel_distance(ours, real).value, rel=1e-3)
     for row in found.values():
-        assert row["low"] <= row["value"] <= row["high"] and row["count"] == 10
+        assert row["low"] <= row["value"] <= row["high"] and row["count"] == 13
         assert row["protocol"]["extractor"] == "effnet-lite0" and row["protocol"]["reference_count"] == 12
     assert "fd_effnet" in capsys.readouterr().out
 
@@ -142,8 +142,8 @@ def run_folder(place):
 def test_values_join_the_run_whose_checkpoint_the_samples_are_of(run_folder, place):
     assert cli.main(["evaluate", "samples.npz", "--reference", "reference.npz", "--metrics", "fd"]) == 0
     (found,) = evaluations.read(run_folder)
-    assert (found.step, found.attempt, found.metric, found.count) == (500, 3, "fd_effnet", 10)
-    assert found.name == "eval/fd_effnet_n10" and found.low < found.value < found.high
+    assert (found.step, found.attempt, found.metric, found.count) == (500, 3, "fd_effnet", 13)
+    assert found.name == "eval/fd_effnet_n13" and found.low < found.value < found.high
     wanted = {"sampler": "sde", "steps": 250, "guidance": 1.8, "interval": [0.0, 0.7], "labels": "balanced"}
     assert wanted.items() <= found.protocol.items()
     assert found.value == results()["fd_effnet"]["value"]
@@ -166,6 +166,7 @@ def test_samples_that_their_sidecar_does_not_describe_are_refused(run_folder, pl
     )
 
 
+@pytest.mark.long
 @pytest.mark.distributed
 def test_two_processes_measure_the_same(place):
     words = ["evaluate", "samples.npz", "--reference", "reference.npz", "--device", "cpu"]
@@ -183,7 +184,7 @@ def test_references_of_the_adm_suite(place, capsys):
     """mu, sigma, mu_s, sigma_s and arr_0 of an .npz, by Inception (of random weights, from a file)."""
     extractor = build_extractor("inception", "random")
     torch.save(_unfolded(extractor), "inception.pth")
-    real, ours = (extractor.parts(torch.from_numpy(pictures(*w)).permute(0, 3, 1, 2)) for w in ((30, 1), (10, 0)))
+    real, ours = (extractor.parts(torch.from_numpy(pictures(*w)).permute(0, 3, 1, 2)) for w in ((30, 1), (13, 0)))
     statistics = {
         name: value
         for part, end in (("pool", ""), ("spatial", "_s"))
@@ -194,7 +195,7 @@ def test_references_of_the_adm_suite(place, capsys):
     words = ["--extractor", "inception", "--inception-weights", "inception.pth"]
     assert cli.main(["evaluate", "samples.npz", "--reference", "adm.npz", *words]) == 0
     found = results()
-    assert set(found) == {"fid", "sfid", "kid", "precision", "recall"}, "no inception score of 10 images"
+    assert set(found) == {"fid", "sfid", "kid", "precision", "recall"}, "no inception score of 13 images"
     for name, part in (("fid", "pool"), ("sfid", "spatial")):
         distance = frechet_distance(Moments.of(ours[part]), Moments.of(real[part]))
         assert found[name]["value"] == pytest.approx(distance, rel=1e-3)
@@ -299,7 +300,7 @@ def test_wrong_words(place, capsys, tmp_path):
     assert "fd is the same distance by any extractor" in refused(capsys, *words, "--metrics", "fid")
     assert "did you mean 'precision'" in refused(capsys, *words, "--metrics", "precison")
     few = refused(capsys, *words, "--extractor", "inception", "--metrics", "is")
-    assert "has 10 images, is needs at least 1008, one for each of Inception's classes" in few
+    assert "has 13 images, is needs at least 1008, one for each of Inception's classes" in few
     assert "there is no such file" in refused(capsys, *words, "--weights", tmp_path / "none.pth")
     assert "use --weights" in refused(capsys, *words, "--inception-weights", "file.pth")
     assert "give --reference" in refused(capsys, "samples.npz")
