@@ -24,7 +24,7 @@ VERBS = {
     "supervise": Verb("repa_scale.supervise", "start a training command again until its run is done"),
     "checkpoints": Verb("repa_scale.checkpoints", "list, verify and prune a run's checkpoints"),
     "sample": Verb("repa_scale.sample", "a checkpoint or an export -> images"),
-    "evaluate": Verb("repa_scale.evaluate", "samples -> do they show the labels they were asked for?"),
+    "evaluate": Verb("repa_scale.evaluate", "samples -> FID and the like; a checkpoint -> what its tokens hold"),
     "compare": Verb("repa_scale.compare", "MLflow runs -> the report of REPA against its baseline"),
     "doctor": Verb("repa_scale.doctor", "what this machine or cluster can run, and what stands in the way"),
     "plan": Verb(

@@ -153,7 +153,8 @@ def test_training_goes_on_from_exported_weights(pair, digits, tmp_path):
 
 def test_label_agreement(digits, tmp_path):
     """Real digits are read as their labels; noise is not."""
-    from repa_scale.evaluate import _read_real, main
+    from repa_scale.evaluate import main
+    from repa_scale.evaluate.agreement import _read_real
 
     images, labels = _read_real(str(digits), 300)
     for name, samples, wanted in (

@@ -1,6 +1,6 @@
-"""`repa-scale evaluate`: does a classifier of the real images read the samples as the labels they were asked for?
+"""Label agreement: does a classifier of the real images read the samples as the labels they were asked for?
 
-Label agreement is a yardstick for small images, such as the demo's digits. It is no measure of variety.
+It is a yardstick for small images, such as the demo's digits. It is no measure of variety.
 """
 
 from __future__ import annotations
@@ -15,15 +15,14 @@ from repa_scale.data.batches import open_dataset
 from repa_scale.errors import ConfigError, DataError, ExitCode, require
 from repa_scale.rng import permutation
 
-EXAMPLE = "repa-scale evaluate samples --data data/digits"
 MAX_PIXELS = 64  # an axis: on larger images pixels say little of the class
 HELD_OUT = 0.2  # share of the real images that the classifier is tested on
 
 
-def main(argv: list[str]) -> int:
-    """Prints the label agreement of SAMPLES/samples.npz and writes SAMPLES/evaluation.json."""
-    args = _parse(argv)
-    folder = Path(args.samples)
+def run(args: argparse.Namespace) -> int:
+    """Prints the label agreement of SOURCE/samples.npz and writes evaluation.json beside it."""
+    folder = Path(args.source)
+    folder = folder.parent if folder.suffix == ".npz" else folder
     samples, labels = _read_samples(folder / "samples.npz")
     images, truth = _read_real(args.data, args.limit)
     if images.shape[1:] != samples.shape[1:]:
@@ -89,11 +88,3 @@ def _read_real(path: str, limit: int) -> tuple[np.ndarray, np.ndarray]:
     chosen = permutation(0, "evaluated images", 0, dataset.count)[:limit].tolist()
     rows = [dataset.reader[i] for i in chosen]
     return np.stack([decode(row["image"]) for row in rows]), np.array([row["label"] for row in rows])
-
-
-def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="repa-scale evaluate", description=__doc__, epilog=f"example: {EXAMPLE}")
-    parser.add_argument("samples", help="a folder made by repa-scale sample")
-    parser.add_argument("--data", required=True, help="the prepared data set of the run")
-    parser.add_argument("--limit", type=int, default=20_000, help="real images to fit on (default: 20000)")
-    return parser.parse_args(argv)
