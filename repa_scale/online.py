@@ -26,7 +26,8 @@ from repa_scale.evaluations import Evaluation
 from repa_scale.extractors import Extractor, build_extractor
 from repa_scale.files import write_atomically
 from repa_scale.latents import Latents
-from repa_scale.metrics.frechet import Moments, frechet_distance
+from repa_scale.metrics.bootstrap import Estimate, by_resampling
+from repa_scale.metrics.frechet import Moments, frechet_with_slope, influence
 from repa_scale.ranks import Ranks
 from repa_scale.rng import permutation
 from repa_scale.sample_grid import Stopped, draw_blocks, in_order
@@ -61,7 +62,7 @@ class OnlineEvaluation:
 
     def names(self) -> set[str]:
         """Of the metrics that an evaluation gives."""
-        return {self._evaluation(extractor, 0, 0, 0.0, 0).name for extractor in self.extractors}
+        return {self._evaluation(extractor, 0, 0, Estimate(0.0), 0).name for extractor in self.extractors}
 
     def measure(
         self, engine: Engine, ema: ShardEma, step: int, attempt: int, stopping: Callable[[str], bool]
@@ -89,11 +90,11 @@ class OnlineEvaluation:
         for extractor, sampled in zip(self.extractors, features, strict=True):
             reference = self._references[extractor.name]
             try:
-                value = frechet_distance(Moments.of(sampled), reference)
+                estimate = _distance(sampled, reference)
             except DataError as error:  # no reason to end a run
                 log.warning("step %d could not be evaluated: %s", step, error)
                 continue
-            found.append(self._evaluation(extractor, step, attempt, value, reference.count))
+            found.append(self._evaluation(extractor, step, attempt, estimate, reference.count))
         return found
 
     def _of_samples(self, engine: Engine, stopping: Callable[[], bool]) -> list[Tensor]:
@@ -109,7 +110,7 @@ class OnlineEvaluation:
         return [in_order([piece for theirs in everywhere for piece in theirs[i]]) for i in range(len(self.extractors))]
 
     def _evaluation(
-        self, extractor: Extractor, step: int, attempt: int, value: float, reference_count: int
+        self, extractor: Extractor, step: int, attempt: int, found: Estimate, reference_count: int
     ) -> Evaluation:
         sample, settings = self.config.sample, self.config.evaluate
         return Evaluation(
@@ -117,7 +118,9 @@ class OnlineEvaluation:
             attempt=attempt,
             time=time.time(),
             metric=extractor.metric("fd"),
-            value=value,
+            value=found.value,
+            low=found.low,
+            high=found.high,
             count=settings.count,
             protocol={
                 "extractor": extractor.name,
@@ -222,6 +225,13 @@ class OnlineEvaluation:
                 return
             except OSError as error:
                 log.info("evaluation: %s cannot be written (%s)", path, error)
+
+
+def _distance(sampled: Tensor, reference: Moments) -> Estimate:
+    """The Fréchet distance of (n, d) features, with its interval over the choice of samples."""
+    moments = Moments.of(sampled)
+    distance = frechet_with_slope(moments, reference)
+    return by_resampling(distance.value, influence(sampled, moments, distance))
 
 
 def _onto_cpu(moments: Moments) -> Moments:
