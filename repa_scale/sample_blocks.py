@@ -75,7 +75,7 @@ class Blocks:
             raise ConfigError(
                 f"--out: {self.folder.parent} cannot be written ({error.strerror}); choose another place"
             ) from None
-        needed = (2 * self.recipe.count - self.finished()) * self.recipe.image_size**2 * 3
+        needed = 2 * self.recipe.count * self.recipe.image_size**2 * 3 - sum(self._sizes().values())
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise ConfigError(
@@ -91,8 +91,9 @@ class Blocks:
 
     def missing(self) -> list[int]:
         """Numbers of the blocks that are still to be drawn."""
-        sizes = self._sizes()
-        return [b for b in range(self.recipe.blocks) if sizes.get(self._path(b).name) != self._bytes(b)]
+        sizes, last = self._sizes(), self.recipe.blocks - 1
+        whole = [self._bytes(0)] * last + [self._bytes(last)]
+        return [block for block, size in enumerate(whole) if sizes.get(_name(block)) != size]
 
     def finished(self) -> int:
         """Samples of the finished blocks, of whichever process."""
@@ -120,7 +121,7 @@ class Blocks:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, block: int) -> Path:
-        return self.folder / f"block_{block:08d}.npy"
+        return self.folder / _name(block)
 
     def _sizes(self) -> dict[str, int]:
         with os.scandir(self.folder) as entries:
@@ -136,6 +137,10 @@ class Blocks:
     @property
     def _shape(self) -> tuple[int, int, int]:
         return self.recipe.image_size, self.recipe.image_size, 3
+
+
+def _name(block: int) -> str:
+    return f"block_{block:08d}.npy"
 
 
 def merge(blocks: Blocks, path: Path) -> dict[str, Any]:
