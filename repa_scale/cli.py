@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from repa_scale.errors import ExitCode, UserError, did_you_mean
 
+RANK_FLAGS = ("--local_rank=", "--local-rank=")
+
 
 class Verb(NamedTuple):
     """Where a verb lives, and its line in the help."""
@@ -52,6 +54,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _dispatch(argv: list[str]) -> int:
+    if argv and argv[0].startswith(
+        RANK_FLAGS
+    ):  # `deepspeed --module repa_scale VERB` adds it; LOCAL_RANK says the same
+        argv = argv[1:]
     if not argv or argv[0] in ("--help", "-h", "help"):
         print(help_text())
         return ExitCode.COMPLETED if argv else ExitCode.BAD_INPUT

@@ -158,6 +158,18 @@ class SampleConfig:
 
 
 @dataclass
+class EvaluateConfig:
+    """A small Fréchet distance of the EMA model during training; its samples are drawn as `sample` says."""
+
+    every: int = 0  # steps; 0: off
+    count: int = 1000  # samples
+    # Rows of the table of extractors, each NAME or NAME=WEIGHTS.
+    extractors: List[str] = field(default_factory=lambda: ["effnet-lite0"])
+    reference_count: int = 10_000  # real images of the run's own set; 0: all
+    reference: str = ""  # an .npz with mu and sigma, instead of them
+
+
+@dataclass
 class TrackingConfig:
     """MLflow."""
 
@@ -192,6 +204,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
 

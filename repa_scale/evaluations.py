@@ -42,6 +42,11 @@ class Evaluation:
         """The name in MLflow: it says the number of samples, so that nobody takes it for another one's value."""
         return f"{PREFIX}{self.metric}_n{self.count}"
 
+    def points(self) -> dict[str, float]:
+        """What MLflow and TensorBoard draw of it: the value and, where there is one, its interval."""
+        bounds = {f"{self.name}_low": self.low, f"{self.name}_high": self.high}
+        return {self.name: self.value, **{name: value for name, value in bounds.items() if value is not None}}
+
 
 def append(run: Path, evaluation: Evaluation) -> None:
     """Adds one line to RUN/evaluations.jsonl. Values that are not finite are refused: they say nothing.

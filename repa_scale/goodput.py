@@ -7,7 +7,7 @@ import os
 import time
 from pathlib import Path
 
-CAUSES = ("startup", "data", "save", "sample", "restart", "repeated")
+CAUSES = ("startup", "data", "save", "sample", "evaluate", "restart", "repeated")
 PRODUCTIVE = "productive_seconds"
 
 

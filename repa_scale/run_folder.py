@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+from repa_scale import evaluations
 from repa_scale.checkpoint import list_checkpoints
 from repa_scale.errors import ConfigError, UserError
 from repa_scale.files import write_atomically
@@ -165,7 +166,8 @@ def open_run(path: Path, identity: dict, config_yaml: str, resume: str) -> RunFo
     write_atomically(path / "identity.json", json.dumps(identity, indent=1))
     hashes = f"# identity_hash: {identity['identity_hash']}\n# pair_id: {identity['pair_id']}\n"
     write_atomically(path / "config.yaml", hashes + config_yaml)
-    _drop_torn_line(path / "metrics.jsonl")
+    for name in ("metrics.jsonl", evaluations.FILE):
+        _drop_torn_line(path / name)
     for left_over in (*path.glob("*.tmp-*"), *(path / "checkpoints").glob("*.tmp-*")):
         if left_over.is_dir():
             shutil.rmtree(left_over, ignore_errors=True)

@@ -1,6 +1,7 @@
 """Mirrors a run to MLflow from a thread of its own. The only room that writes to MLflow.
 
-What is sent is read back from the run folder: metrics.jsonl from the byte where the last sending ended, and pictures.
+What is sent is read back from the run folder: metrics.jsonl and evaluations.jsonl from the byte where the last sending
+ended, and pictures.
 So a server that is away costs training nothing, and what it missed is sent later or by the next start. Sending twice is
 harmless: MLflow keeps equal points once.
 """
@@ -16,10 +17,13 @@ import re
 import threading
 import time
 import uuid
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from repa_scale import evaluations
 from repa_scale.config import Config
 from repa_scale.errors import UserError, reason
 from repa_scale.files import write_atomically
@@ -148,12 +152,12 @@ class MlflowTracker(Tracker):
             )
 
     def _unsent(self) -> tuple[int, int]:
-        """Rows of metrics.jsonl and files that the store has not taken."""
-        try:
-            data = (self.run_dir / "metrics.jsonl").read_bytes()
-        except OSError:
-            data = b""
-        return data[self._cursor.get("sent_bytes", 0) :].count(b"\n"), len(self._artifacts)
+        """Rows of metrics.jsonl and evaluations.jsonl, and files, that the store has not taken."""
+        rows = 0
+        for name, cursor in (("metrics.jsonl", "sent_bytes"), (evaluations.FILE, "sent_evaluation_bytes")):
+            with suppress(OSError):
+                rows += (self.run_dir / name).read_bytes()[self._cursor.get(cursor, 0) :].count(b"\n")
+        return rows, len(self._artifacts)
 
     # Below: the thread.
 
@@ -167,7 +171,8 @@ class MlflowTracker(Tracker):
             try:
                 if self._client is None:
                     self._client = self._connect()
-                self._send_metrics()
+                self._send_rows("metrics.jsonl", "sent_bytes", _of_metrics)
+                self._send_rows(evaluations.FILE, "sent_evaluation_bytes", _of_evaluation)
                 if final is not None:  # before the files: a store that refuses them still learns how the run ended
                     self._client.set_terminated(self._cursor["run_id"], STATUS.get(final, "FAILED"))
                 self._send_artifacts()
@@ -270,17 +275,22 @@ class MlflowTracker(Tracker):
             )
             client.log_inputs(run_id, [DatasetInput(described, [InputTag("mlflow.data.context", "training")])])
 
-    def _send_metrics(self) -> None:
-        """Rows of metrics.jsonl that were not sent yet, with their own times, many in a call."""
-        from mlflow.entities import Metric
+    def _send_rows(self, name: str, cursor: str, described: Callable[[dict], Row]) -> None:
+        """Rows of a file of the run folder that were not sent yet, with their own times, many in a call.
 
-        file = self.run_dir / "metrics.jsonl"
+        Args:
+            cursor: key of RUN/mlflow.json that holds how many bytes of the file were sent.
+        """
+        from mlflow.entities import Metric, RunTag
+
+        file = self.run_dir / name
         if not file.exists():
             return
-        if file.stat().st_size < self._cursor["sent_bytes"]:  # another file than the one that was sent
-            self._cursor["sent_bytes"] = 0
+        sent = self._cursor.get(cursor, 0)
+        if file.stat().st_size < sent:  # another file than the one that was sent
+            sent = self._cursor[cursor] = 0
         points: list[Metric] = []
-        sent = self._cursor["sent_bytes"]
+        tags: dict[str, str] = {}
         with file.open("rb") as stream:  # a line at a time: an outage of days is no matter of memory
             stream.seek(sent)
             for line in stream:
@@ -288,21 +298,22 @@ class MlflowTracker(Tracker):
                     break
                 sent += len(line)
                 try:
-                    row = json.loads(line)
-                    stamp, step = int(row["time"] * 1000), int(row["step"])
+                    row = described(json.loads(line))
                 except (ValueError, KeyError, TypeError):  # torn by a full disk, say: readers of the file skip it too
                     continue
-                points += [Metric(_key(key), value, stamp, step) for key, value in numbers(row).items()]
+                stamp = int(row.time * 1000)
+                points += [Metric(_key(key), value, stamp, row.step) for key, value in row.numbers.items()]
+                tags |= row.tags
                 if len(points) > POINTS - 100:
-                    self._flush(points, sent)
-                    points = []
-        if sent != self._cursor["sent_bytes"]:
-            self._flush(points, sent)
+                    self._flush(points, [RunTag(*tag) for tag in tags.items()], cursor, sent)
+                    points, tags = [], {}
+        if sent != self._cursor.get(cursor, 0):
+            self._flush(points, [RunTag(*tag) for tag in tags.items()], cursor, sent)
 
-    def _flush(self, points: list, sent: int) -> None:
-        if points:
-            self._client.log_batch(self._cursor["run_id"], metrics=points)
-        self._cursor["sent_bytes"] = sent
+    def _flush(self, points: list, tags: list, cursor: str, sent: int) -> None:
+        if points or tags:
+            self._client.log_batch(self._cursor["run_id"], metrics=points, tags=tags)
+        self._cursor[cursor] = sent
         self._save(self._cursor)
 
     def _send_artifacts(self) -> None:
@@ -324,6 +335,26 @@ class MlflowTracker(Tracker):
 
     def _save(self, cursor: dict[str, Any]) -> None:
         write_atomically(self.run_dir / CURSOR, json.dumps(cursor, indent=1))
+
+
+class Row(NamedTuple):
+    """What MLflow is told of one line of a file."""
+
+    step: int
+    time: float
+    numbers: dict[str, float]
+    tags: dict[str, str]
+
+
+def _of_metrics(row: dict[str, Any]) -> Row:
+    return Row(int(row["step"]), float(row["time"]), numbers(row), {})
+
+
+def _of_evaluation(row: dict[str, Any]) -> Row:
+    """The value and its interval as metrics, and how it was measured as a tag of the same name."""
+    found = evaluations.Evaluation(**row)
+    described = json.dumps({**found.protocol, "low": found.low, "high": found.high})
+    return Row(found.step, found.time, found.points(), {_key(found.name): redacted(described)[:5000]})
 
 
 def mlflow_client(uri: str) -> Any:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from repa_scale.checkpoint import MANIFEST, CheckpointReader, list_checkpoints
+from repa_scale.checksums import checksum_file
 from repa_scale.config import Config, from_dict
 from repa_scale.errors import DataError
 from repa_scale.models import build_sit
@@ -28,7 +29,8 @@ class Trained:
     Attributes:
         weights: the backbone under public names, with the position table; float32, or as exported.
         config: of the run.
-        facts: step, samples, identity_hash, pair_id, weights (`ema` or `raw`) and where they came from.
+        facts: step, samples, identity_hash, pair_id, weights (`ema` or `raw`), where they came from (`source`) and a
+            checksum that stands for their values (`checkpoint`).
     """
 
     weights: dict[str, Tensor]
@@ -64,6 +66,8 @@ def load_trained(source: str | Path, weights: str = "ema") -> Trained:
             return _from_checkpoint(checkpoint, weights)
         except DataError as error:
             problems.append(str(error))
+    if ".tmp-" in source.name:
+        raise DataError(f"{source} is the checkpoint of a save that was not finished; use {source.parent / 'latest'}")
     if problems:
         raise DataError(f"no checkpoint of {source} is whole ({problems[0]})")
     raise DataError(
@@ -84,7 +88,8 @@ def _from_checkpoint(folder: Path, weights: str) -> Trained:
     # The position table is computed, not trained, so checkpoints leave it out.
     tensors["pos_embed"] = build_sit(config).pos_embed
     facts = {key: reader.manifest[key] for key in ("step", "samples", "identity_hash", "pair_id")}
-    return Trained(tensors, config, {**facts, "weights": weights, "source": str(folder)})
+    sealed = reader.manifest.get("checksum") or checksum_file(folder / MANIFEST, "sha256")  # version 1 had no seal
+    return Trained(tensors, config, {**facts, "weights": weights, "source": str(folder), "checkpoint": sealed})
 
 
 def _from_export(folder: Path, weights: str) -> Trained:
@@ -95,4 +100,6 @@ def _from_export(folder: Path, weights: str) -> Trained:
         raise DataError(f"{folder / EXPORT_CONFIG} is damaged ({error}); export the run again") from None
     if facts["weights"] != weights:
         raise DataError(f"{folder} holds the {facts['weights']} weights, not the {weights} ones; export those")
-    return Trained(load_public(folder / EXPORT_FILE), config, {**facts, "source": str(folder)})
+    file = folder / EXPORT_FILE
+    weights_of = load_public(file)
+    return Trained(weights_of, config, {**facts, "source": str(folder), "checkpoint": checksum_file(file, "sha256")})

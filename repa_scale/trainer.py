@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from repa_scale import evaluations
 from repa_scale.checkpoint import MANIFEST, step_folder
 from repa_scale.clock import Clock
 from repa_scale.config import Config
@@ -31,6 +32,7 @@ from repa_scale.health import StopRequest, reduce_step
 from repa_scale.interpolant import Interpolant
 from repa_scale.left_out import LeftOut
 from repa_scale.objective import build_objective, total
+from repa_scale.online import OnlineEvaluation
 from repa_scale.pictures import save_sheet
 from repa_scale.ranks import Ranks
 from repa_scale.rng import fingerprint
@@ -103,6 +105,11 @@ class Trainer:
         self.ema = ShardEma([shard.master for shard in self.engine.shards], config.ema.decay)
         self.terms = self.engine.module.terms
         self.frozen = Frozen(config, self.terms, ranks, self.clock, dataset.cached)
+        self.evaluation = (
+            OnlineEvaluation(config, ranks, dataset, self.frozen.latents, self.frozen.latent_shape)
+            if config.evaluate.every
+            else None
+        )
         self.interpolant = Interpolant(config.interpolant.path)
         self.quarantine = Quarantine(dataset.count, config.data.max_bad)
         self._waits_told = False
@@ -129,6 +136,8 @@ class Trainer:
     def train(self) -> ExitCode:
         """Goes on from the newest good checkpoint to the last step, or until someone asks to stop."""
         done = self.resume()
+        if self.evaluation is not None and self.evaluation.due(done) and not self._evaluated(done):
+            self.evaluate(done)  # a stop kept the start before from it, or it was not asked for then
         while True:
             ended = self.train_from(done)
             if isinstance(ended, ExitCode):
@@ -148,6 +157,8 @@ class Trainer:
             last = step == train.steps
             if train.sample_every and (last or step % train.sample_every == 0):
                 stop = self.sample(step) or stop
+            if self.evaluation is not None and self.evaluation.due(step) and not stop:
+                stop = self.evaluate(step)
             ruined = self.quarantine.problem
             if stop or last or ruined or step % train.checkpoint_every == 0:
                 self.save(step, wait=bool(stop or last or ruined))
@@ -422,6 +433,32 @@ class Trainer:
         if self.goodput is not None:
             self.goodput.add("sample", time.perf_counter() - began)
         return self.stop.anywhere(self.ranks)
+
+    def evaluate(self, step: int) -> bool:
+        """Measures samples of the EMA weights (online.py) into RUN/evaluations.jsonl and the tracker. Returns whether
+        someone asks to stop; what that left unfinished, the next start does."""
+        began = time.perf_counter()
+
+        def stopping(phase: str) -> bool:
+            self.watchdog.enter(phase, step)
+            return self.stop.anywhere(self.ranks)
+
+        found = self.evaluation.measure(self.engine, self.ema, step, self.attempt, stopping)
+        for evaluation in found or ():
+            evaluations.append(self.run.path, evaluation)
+            self.tracker.log(step, evaluation.points(), evaluation.time)
+            log.info("step %d: %s %.4g, %.0f s", step, evaluation.name, evaluation.value, time.perf_counter() - began)
+        if self.goodput is not None:
+            self.goodput.add("evaluate", time.perf_counter() - began)
+        return self.stop.anywhere(self.ranks)
+
+    def _evaluated(self, step: int) -> bool:
+        """Whether RUN/evaluations.jsonl has this step already."""
+        known = None
+        if self.run is not None:
+            known = {found.name for found in evaluations.read(self.run.path) if found.step == step}
+            known = self.evaluation.names() <= known
+        return self.ranks.broadcast_object(known)
 
     def finish(self, state: str, step: int, code: ExitCode, reason: str = "") -> ExitCode:
         """Writes the final state; all ranks leave after rank 0's last write."""

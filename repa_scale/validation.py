@@ -46,6 +46,7 @@ POSITIVE = (
     "sample.steps",
     "sample.count",
     "sample.batch",
+    "evaluate.count",
 )
 NOT_NEGATIVE = (
     "seed",
@@ -55,6 +56,8 @@ NOT_NEGATIVE = (
     "optimizer.warmup_steps",
     "optimizer.clip",
     "train.sample_every",
+    "evaluate.every",
+    "evaluate.reference_count",
     "health.max_skips",
     "health.max_rollbacks",
     "health.spike_deviations",
@@ -89,6 +92,7 @@ def validate(config: Config, world_size: int) -> None:
     batch_split(config, world_size)
     _check_optimizer(config)
     _check_sampling(config)
+    _check_evaluation(config)
     _check_tracking(config)
     if config.method == "repa":
         for name, term in config.alignment.items():
@@ -222,6 +226,34 @@ def _check_sampling(config: Config) -> None:
     interval = config.sample.interval
     if len(interval) != 2 or not 0.0 <= interval[0] < interval[1] <= 1.0:
         raise ConfigError(f"sample.interval={interval} must be two rising numbers in [0, 1]; use [0.0,1.0]")
+
+
+def _check_evaluation(config: Config) -> None:
+    evaluate = config.evaluate
+    if not evaluate.every:
+        return
+    for key in ("count", "reference_count"):
+        if getattr(evaluate, key) == 1:
+            raise ConfigError(f"evaluate.{key}=1 has no covariance; use 1000 or more")
+    names = [text.partition("=")[0] for text in evaluate.extractors]
+    if not names:
+        raise ConfigError("evaluate.extractors=[] names none; use [effnet-lite0], or evaluate.every=0")
+    for name in names:
+        _one_of("evaluate.extractors", name, ("inception", *ENCODERS))
+        if names.count(name) > 1:
+            raise ConfigError(f"evaluate.extractors={evaluate.extractors} names {name} twice; name each once")
+    if not evaluate.reference:
+        return
+    if len(names) > 1:
+        raise ConfigError(
+            f"evaluate.reference={evaluate.reference} holds the statistics of one extractor, but evaluate.extractors "
+            f"names {len(names)}; name one, or leave the reference out"
+        )
+    if not Path(evaluate.reference).is_file():
+        raise ConfigError(
+            f"evaluate.reference={evaluate.reference} is not a file; give an .npz with mu and sigma, or leave it out "
+            "for the run's own data"
+        )
 
 
 def _check_tracking(config: Config) -> None:

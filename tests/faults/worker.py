@@ -184,6 +184,20 @@ def slow_sampling(seconds):
     after(sample_grid, "sample_numbered", lambda *_: time.sleep(seconds))
 
 
+def stop_in_sampling(call):
+    """Someone asks this rank to stop while it draws its block number `call`."""
+    from repa_scale import sample_grid
+
+    calls = []
+
+    def action(*_):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    after(sample_grid, "sample_numbered", action)
+
+
 def lay():
     for name, rank, *arguments in json.loads(os.environ["FAULTS"]):
         if rank in (RANK, "all"):
