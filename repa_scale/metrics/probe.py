@@ -102,8 +102,8 @@ class _Ridge:
     def __init__(self, x: Tensor, y: Tensor, classes: int) -> None:
         self.mean = x.mean(dim=0)
         deviation = x.std(dim=0, correction=0)
-        # A channel without variation says nothing; dividing by its rounding errors would say something.
-        self.scale = torch.where(deviation > 1e-9 * (self.mean.abs() + deviation.max()), 1 / deviation, 0.0)
+        # A channel without variation says nothing; divided by its rounding errors it would be noise of full size.
+        self.scale = torch.where(deviation > 1e-7 * self.mean.abs(), 1 / deviation, 0.0)
         x = (x - self.mean) * self.scale
         y = F.one_hot(y, classes).double()
         self.bias = y.mean(dim=0)
