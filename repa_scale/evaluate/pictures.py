@@ -144,22 +144,30 @@ class Seen:
         return "none" if not known else "all" if known == len(ids) else "some"
 
 
-def seen(pictures: Pictures, config: Config, identity: str) -> Seen:
-    """By the fingerprint, which is part of the run's identity hash; else by the ids (names) of the run's set, if it
-    lies where the configuration says.
+def seen(pictures: Pictures, config: Config, identity: str, folder: str, named: bool = False) -> Seen:
+    """By the fingerprint, which is part of the run's identity hash; else by the ids (names) of the run's set.
 
     Args:
         identity: the identity hash of the run.
+        folder: where the run's set should lie; empty: not known.
+        named: someone says that it is there.
+
+    Raises:
+        DataError: it is not there, although named.
     """
     if pictures.prepared and _trained_on(config, pictures.fingerprint, identity):
         return Seen(True, None)
     try:
-        trained = open_dataset(config.data.path)
+        trained = open_dataset(folder)
     except UserError:
+        if named:
+            raise
         return Seen(False, None)
     if not _trained_on(config, trained.fingerprint, identity):
+        if named:
+            raise DataError(f"--trained-on {folder} is not the set that the run was trained on; name that one")
         return Seen(False, None)
-    if sum(shard.bytes for shard in trained.reader.shards) > LARGEST_SEARCH:
+    if sum(shard.bytes for shard in trained.reader.shards) > LARGEST_SEARCH and not named:
         return Seen(False, None)
     return Seen(False, frozenset(trained.reader[number]["id"] for number in range(trained.count)))
 
@@ -181,8 +189,8 @@ def choose(pictures: Pictures, count: int, leave_out: Seen | None) -> list[int]:
     if leave_out is not None:
         if leave_out.ids is None and not leave_out.everything:
             raise DataError(
-                "--unseen needs the set that the run was trained on, to tell its images; it is not at the data.path "
-                "of the run, or too large: put it there, or leave --unseen out"
+                "--unseen needs the set that the run was trained on, to tell its images; it is not where the run "
+                "says, or too large to look through unasked: name it with --trained-on"
             )
         known = leave_out.ids or frozenset()
         fresh = [not leave_out.everything and identity not in known for identity in pictures.ids()]

@@ -14,7 +14,7 @@ import torch
 
 from repa_scale.alignment import build_terms
 from repa_scale.checkpoint import step_folder
-from repa_scale.errors import ConfigError, DataError, ExitCode, UserError
+from repa_scale.errors import ConfigError, DataError, ExitCode, UserError, require
 from repa_scale.evaluate.hidden import Asked, Measured, Subject
 from repa_scale.evaluate.pictures import Pictures, Seen, blocks, choose, open_pictures, seen
 from repa_scale.evaluate.representation_page import FORMAT, print_tables, write
@@ -42,6 +42,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--times", type=float, nargs="+", metavar="T", default=TIMES, help="default: 0.1 0.3 ... 0.9")
     group.add_argument("--images", type=int, default=10_000, help="at most that many (default: 10000, as REPA)")
     group.add_argument("--unseen", action="store_true", help="leave out the images that the run was trained on")
+    group.add_argument(
+        "--trained-on", metavar="SET", help="the run's training set (default: where RUN/config.yaml says)"
+    )
     group.add_argument("--encoder", help="to align with (default: the run's; effnet-lite0 where it has none)")
     group.add_argument("--encoder-weights", metavar="W", help="hub, package, random or a file (default: package, hub)")
     group.add_argument("--neighbours", type=int, default=10, metavar="K", help="of CKNNA (default: 10, as REPA)")
@@ -64,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
     ranks = Ranks.from_environment(args.device)
     ranks.start()
     try:
-        known = seen(pictures, trained.config, trained.facts["identity_hash"])
+        folder = args.trained_on or _training_set(home)
+        known = seen(pictures, trained.config, trained.facts["identity_hash"], folder, bool(args.trained_on))
         chosen = choose(pictures, args.images, known if args.unseen else None)
         _check_sizes(args, asked, trained, len(chosen), ranks.world_size)
         measured = _measure(Subject(trained, sources, ranks), pictures, chosen, asked, args.batch, ranks)
@@ -174,6 +178,15 @@ def _check_sizes(args: argparse.Namespace, asked: Asked, trained: Trained, count
             f"the mean tokens of {count} images at {len(asked.depths)} depths and {len(asked.times)} times take "
             f"{needed / 2**30:.0f} GiB a process, more than {MEMORY >> 30}; name fewer --depths, --times or --images"
         )
+
+
+def _training_set(home: Path | None) -> str:
+    """data.path of the run; empty where that is not known. A checkpoint alone does not say it."""
+    yaml = require("yaml", "train")
+    try:
+        return str(yaml.safe_load((home / "config.yaml").read_text())["data"]["path"]) if home else ""
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return ""
 
 
 def _describe(pictures: Pictures, ids: torch.Tensor, known: Seen) -> dict[str, Any]:
