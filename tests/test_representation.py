@@ -15,13 +15,13 @@ from launching import BIN, SMALL, free_port, train
 from PIL import Image
 
 from repa_scale import evaluations, rng
-from repa_scale.checkpoint import CheckpointReader
 from repa_scale.config import TermConfig
 from repa_scale.encoders import build_encoder
 from repa_scale.errors import ConfigError, DataError, UserError
 from repa_scale.evaluate import representation
 from repa_scale.evaluate.hidden import Asked, Subject, load_projectors
 from repa_scale.evaluate.pictures import Block, blocks, choose, open_pictures, seen
+from repa_scale.evaluate.representation_page import short_form, write
 from repa_scale.interpolant import Interpolant
 from repa_scale.metrics.cknna import cknna
 from repa_scale.metrics.probe import TEST, probe, split
@@ -309,15 +309,27 @@ def test_blocks_are_shared_among_ranks_whole():
 
 @pytest.mark.distributed
 def test_sections_of_an_earlier_call_stay(run, evaluated, tmp_path):
-    from repa_scale.evaluate.representation_page import write
-
     result = evaluated[1]
     out = tmp_path / "one.json"
     head = {key: result[key] for key in ("format", "checkpoint")}
-    write(head | {"alignment": result["alignment"]}, out, None)
+    write(head | {name: result[name] for name in ("alignment", "linear_probe")}, out, None)
+    assert "denoising_loss" not in json.loads(out.read_text())
     write(head | {"denoising": result["denoising"]}, out, None)
-    assert json.loads(out.read_text()) == head | {key: result[key] for key in ("alignment", "denoising")}
+    assert json.loads(out.read_text()) == result
     other = head | {"checkpoint": {**head["checkpoint"], "step": 21}}
     write(other | {"denoising": result["denoising"]}, out, None)
     assert "alignment" not in json.loads(out.read_text())
-    assert CheckpointReader(run / "checkpoints" / "step_00000020").step == 20
+
+
+@pytest.mark.distributed
+def test_the_short_form_is_what_a_comparison_reads(evaluated):
+    result = evaluated[1]
+    assert (result["step"], result["encoder"], result["images"]) == (20, "effnet-lite0", 150)
+    cells = result["alignment"]["encoders"]["effnet-lite0=package"]["cknna"]
+    assert result["cknna"] == [[c["depth"], c["t"], c["value"]] for c in cells] and len(cells) == 4
+    assert [row[:2] for row in result["cosine"]] == [[1, 0.2], [1, 0.6]]
+    assert [row[2] for row in result["probe_accuracy"]] == [c["accuracy"] for c in result["linear_probe"]["cells"]]
+    assert [row[2] for row in result["denoising_loss"]] == [row["mean"] for row in result["denoising"]["bins"]]
+    section = {**result["denoising"], "data": {**result["denoising"]["data"], "trained_on": "all"}}
+    seen_before = short_form({"checkpoint": result["checkpoint"], "denoising": section})
+    assert "denoising_loss" not in seen_before and len(seen_before["denoising_loss_trained_on"]) == 3

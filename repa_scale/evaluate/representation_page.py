@@ -37,6 +37,7 @@ def write(result: dict[str, Any], out: Path, home: Path | None) -> None:
         ConfigError: a file cannot be written.
     """
     whole = _with_earlier(result, out)
+    whole |= short_form(whole)
     try:
         write_atomically(out, json.dumps(whole, indent=1, allow_nan=False) + "\n")
         save(picture(whole), out.with_suffix(".png"))
@@ -58,6 +59,37 @@ def _with_earlier(result: dict[str, Any], out: Path) -> dict[str, Any]:
         return result
     kept = {name: earlier[name] for name in SECTIONS if same and name in earlier and name not in result}
     return {**result, **kept}
+
+
+def short_form(result: dict[str, Any]) -> dict[str, Any]:
+    """The figures as rows of numbers, as the comparison reads them: [depth, t, value ...]; of the loss [from, to, ...].
+
+    A loss on images that the run was trained on goes by another name.
+    """
+    data = next(result[name]["data"] for name in SECTIONS if name in result)
+    checkpoint = result["checkpoint"]
+    found: dict[str, Any] = {key: checkpoint[key] for key in ("step", "weights")}
+    found |= {"data": data["path"], "data_fingerprint": data["images_fingerprint"], "images": data["images"]}
+    if section := result.get("alignment"):
+        encoder, scores = next(iter(section["encoders"].items()))
+        found |= {"encoder": encoder.partition("=")[0], "cknna": _rows(scores["cknna"], "value")}
+        found["cosine"] = _rows(section["cosine"], "mean", "standard_error")
+        found["lds"] = [[row["depth"], row["t"], row["lds"]["mean"]] for row in section["spatial"]]
+    if section := result.get("linear_probe"):
+        found["probe_accuracy"] = _rows(section["cells"], "accuracy", "low", "high")
+    if section := result.get("denoising"):
+        name = _loss_name(section).removesuffix("_held_out")
+        found[name] = [[row[key] for key in ("from", "to", "mean", "standard_error")] for row in section["bins"]]
+    return found
+
+
+def _rows(cells: list[dict[str, Any]], *keys: str) -> list[list]:
+    return [[cell["depth"], cell["t"], *(cell[key] for key in keys)] for cell in cells]
+
+
+def _loss_name(section: dict[str, Any]) -> str:
+    seen = section["data"]["trained_on"] in ("all", "some")
+    return "denoising_loss_trained_on" if seen else "denoising_loss_held_out"
 
 
 def scalars(result: dict[str, Any], home: Path) -> list[Evaluation]:
@@ -94,10 +126,8 @@ def scalars(result: dict[str, Any], home: Path) -> list[Evaluation]:
         )
     if section := result.get("denoising"):
         mean, error = section["all"]["mean"], 1.96 * (section["all"]["standard_error"] or 0.0)
-        seen = section["data"]["trained_on"] in ("all", "some")
-        metric = "denoising_loss_trained_on" if seen else "denoising_loss_held_out"
         count = section["data"]["images"]
-        add(metric, section, mean, count, (mean - error, mean + error), bins=len(section["bins"]))
+        add(_loss_name(section), section, mean, count, (mean - error, mean + error), bins=len(section["bins"]))
     return found
 
 
