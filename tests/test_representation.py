@@ -145,6 +145,7 @@ def test_the_projectors_weights_give_the_loss_that_was_trained(run, half):
 
 
 @pytest.mark.distributed
+@pytest.mark.long
 def test_two_processes_find_the_same(run, evaluated, digits, tmp_path):
     out = tmp_path / "two.json"
     torchrun = [BIN / "torchrun", "--nproc-per-node", 2, "--master-port", free_port(), "-m", "repa_scale"]
