@@ -100,12 +100,11 @@ def expand(words: list[str]) -> tuple[list[Variant], list[str]]:
     for combination in itertools.product(*choices):
         chosen = tuple(tuple(word.split("=", 1)) for word in combination if word.partition("=")[0] in swept)
         variant = _variant(list(combination), chosen)
-        keys = json.dumps(identity_keys(variant.config, ""), sort_keys=True)
-        if keys in known and _differs_only_without_effect(variant, known[keys]):
-            lines.append(f"left out, the same run as {known[keys].folder}: {_text(chosen)}")
-            continue
-        known.setdefault(keys, variant)
-        variants.append(variant)
+        first = known.setdefault(_effect(variant), variant)
+        if first is variant:
+            variants.append(variant)
+        else:
+            lines.append(f"left out, the same run as {first.folder}: {_text(chosen)}")
     folders = [str(Path(variant.folder)) for variant in variants]
     if shared := [folder for folder in folders if folders.count(folder) > 1]:
         raise ConfigError(
@@ -144,13 +143,13 @@ def _plain(value: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", value.strip("\"'[]{}()")).strip("-") or "empty"
 
 
-def _differs_only_without_effect(one: Variant, other: Variant) -> bool:
-    """Of two runs of the same identity: whether the swept keys that differ are those of alignment terms.
+def _effect(variant: Variant) -> str:
+    """Equal for two runs of which one need not be made: the same identity, and other keys of alignment terms alone.
 
     A sweep over a free key, such as the micro batch, is wanted, although its runs have one identity.
     """
-    differing = [key for (key, a), (_, b) in zip(one.chosen, other.chosen, strict=True) if a != b]
-    return all(key.startswith("alignment.") for key in differing)
+    others = [pair for pair in variant.chosen if not pair[0].startswith("alignment.")]
+    return json.dumps([identity_keys(variant.config, ""), others], sort_keys=True)
 
 
 def _alternatives(word: str) -> list[str]:

@@ -55,6 +55,8 @@ def test_a_baseline_is_not_run_again_for_each_weight():
     assert len(left_out) == 2 and "the same run as runs/demo_repa-sweep/repa" not in left_out[0]
     # What does not change the identity is swept all the same: someone measures its speed.
     assert len(expand([*HEAD, "train.micro_batch=8,16"])[0]) == 2
+    both = [*HEAD, "method=baseline", "alignment.repa.weight=0.25,0.5", "train.micro_batch=8,16"]
+    assert [dict(v.chosen)["train.micro_batch"] for v in expand(both)[0]] == ["8", "16"]
 
 
 @pytest.mark.parametrize(
