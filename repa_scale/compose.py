@@ -24,6 +24,7 @@ EXAMPLE = "repa-scale train experiment=demo_repa run.dir=runs/first"
 RANK_FLAGS = ("--local_rank", "--local-rank")
 DEEPSPEED_FLAGS = ("--deepspeed_config", "--deepspeed-config")
 OPTIONS = ("--help", "-h", "--config", "--cfg", *RANK_FLAGS, *DEEPSPEED_FLAGS)
+SWEEP = ("-m", "--multirun")  # sweep.py
 # A key among the alignment terms that is no term. `Config.alignment` holds terms alone, so its field lies beside them.
 KERNEL, KERNEL_FIELD = "alignment.kernel", "alignment_kernel"
 
@@ -113,6 +114,7 @@ def help_text() -> str:
     """The help of `repa-scale train`."""
     lines = [
         "usage: repa-scale train [experiment=PRESET | --config FILE] [key=value ...]",
+        "       repa-scale train -m [experiment=PRESET] [key=A,B ...] [--keep-going] [--write FILE]",
         "",
         "Trains one run: alone, or one process of many under deepspeed, torchrun, Slurm or Kubernetes.",
         "Starting a run whose folder holds a checkpoint goes on from it.",
@@ -120,6 +122,9 @@ def help_text() -> str:
         f"example: {EXAMPLE}",
         "         deepspeed --num_gpus 8 --module repa_scale.train experiment=repa_sit_xl data.path=FOLDER",
         "",
+        "  -m              a sweep: one run for each combination of the values of keys that have several",
+        "  --keep-going    of a sweep: go on with the next run when one fails",
+        "  --write FILE    of a sweep: write the keys of its runs, a line each, and start none",
         "  --config FILE   start from a frozen configuration, such as RUN/config.yaml",
         "  --cfg job       print the resolved configuration and do nothing else",
         "  --help          this text",

@@ -20,6 +20,7 @@ class ExitCode(IntEnum):
 
 
 OUTCOME_VARIABLE = "REPA_SCALE_OUTCOMES"  # a folder of `repa-scale supervise`, where each rank says how it ended
+SWEEP_VARIABLE = "REPA_SCALE_SWEEP"  # the name of the sweep that a run belongs to: the tag `sweep` in MLflow
 
 
 class UserError(Exception):

@@ -11,7 +11,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from repa_scale.errors import OUTCOME_VARIABLE, ConfigError, ExitCode, UserError, reason
+from repa_scale.errors import OUTCOME_VARIABLE, SWEEP_VARIABLE, ConfigError, ExitCode, UserError, reason
 
 log = logging.getLogger("repa_scale")
 
@@ -26,10 +26,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(argv: list[str]) -> tuple[int, str]:
     """The exit code, and the error behind it on one line."""
-    from repa_scale.compose import compose, print_requested
+    from repa_scale.compose import SWEEP, compose, print_requested
     from repa_scale.placement import adopt
 
     try:
+        if any(word in SWEEP for word in argv):
+            from repa_scale.sweep import main as sweep
+
+            return int(sweep(argv)), ""
         adopt()
         if print_requested(argv):
             return ExitCode.COMPLETED, ""
@@ -179,6 +183,7 @@ def run_tags(config, ranks, identity: dict, dataset) -> dict[str, str]:
         "zero_stage": str(zero_stage(config)),
         "run_dir": str(Path(config.run.dir).absolute()),
         "command": " ".join(["repa-scale train", *sys.argv[1:]]),
+        **({"sweep": os.environ[SWEEP_VARIABLE]} if SWEEP_VARIABLE in os.environ else {}),
     }
 
 
