@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from repa_scale import torchvision_fix
+from repa_scale.checksums import checksum_file
 from repa_scale.encoders import RANDOM_SEED, _load_package, build_encoder
 from repa_scale.errors import ConfigError, DataError, UserError, did_you_mean, reason, require
 from repa_scale.models.weights import check_names
@@ -26,6 +27,7 @@ SPATIAL_CHANNELS = 7  # of Mixed_6d's first branch, as the ADM suite takes them:
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
+INCEPTION_HASH = "6726825d"  # the file's SHA-256 begins so
 # Encoders whose class token was trained to stand for the image; of the others the mean of the patch tokens.
 CLASS_TOKEN = ("dinov2", "dinov3", "dino-", "mocov3", "clip")
 BICUBIC = f"bicubic with antialiasing to {INPUT}, rounded to 8 bits"
@@ -58,12 +60,13 @@ class Extractor(nn.Module):
     Attributes:
         name: row of the table.
         spec: that row.
+        random: its weights were never trained; the metrics' names say so.
         fingerprint: 16 hex digits of name, weights, resize rule and version: equal features for equal images.
     """
 
-    def __init__(self, name: str, spec: ExtractorSpec, network: nn.Module) -> None:
+    def __init__(self, name: str, spec: ExtractorSpec, network: nn.Module, random: bool = False) -> None:
         super().__init__()
-        self.name, self.spec = name, spec
+        self.name, self.spec, self.random = name, spec, random
         self.network = network.eval().requires_grad_(False)
         self.fingerprint = _fingerprint(name, spec, network)
 
@@ -89,9 +92,11 @@ class Extractor(nn.Module):
 
     def metric(self, kind: str) -> str:
         """The name of a metric on these features: `fd` is `fid` for Inception alone, else `fd_effnet` and the like."""
-        if not self.spec.suffix:
-            return "fid" if kind == "fd" else kind
-        return f"{kind}_{self.spec.suffix}"
+        if self.random:
+            return f"{kind}_{self.spec.suffix or self.name}_random"
+        if self.spec.suffix:
+            return f"{kind}_{self.spec.suffix}"
+        return "fid" if kind == "fd" else kind
 
 
 def build_extractor(name: str, weights: str = "", device: torch.device | str = "cpu") -> Extractor:
@@ -113,7 +118,7 @@ def build_extractor(name: str, weights: str = "", device: torch.device | str = "
         text = str(error).replace("alignment.NAME.weights=path", "--weights FILE")
         text = text.replace("alignment weights=", "--weights ").replace("weights=package", "--weights package")
         raise type(error)(text) from None
-    return Extractor(name, spec, network).to(device)
+    return Extractor(name, spec, network, weights == "random").to(device)
 
 
 def extractor_spec(name: str) -> ExtractorSpec:
@@ -132,11 +137,16 @@ def extractor_spec(name: str) -> ExtractorSpec:
 
 def bicubic(images: Tensor, size: int = INPUT) -> Tensor:
     """(N, 3, H, W) uint8 -> (N, 3, size, size) float32 whole numbers in [0, 255]: what Pillow's bicubic filter gives,
-    on any device (within one level: it sums in integers)."""
+    on any device (within one level: it sums in integers). Like Pillow it rounds between the axes."""
     x = images.float()
-    if x.shape[-2:] != (size, size):
-        x = F.interpolate(x, size=(size, size), mode="bicubic", align_corners=False, antialias=True)
-    return x.round_().clamp_(0, 255)
+    for shape in ((x.shape[2], size), (size, size)):
+        if x.shape[2:] != shape:
+            x = (
+                F.interpolate(x, size=shape, mode="bicubic", align_corners=False, antialias=True)
+                .round_()
+                .clamp_(0, 255)
+            )
+    return x
 
 
 class _Tokens(nn.Module):
@@ -208,6 +218,8 @@ class _Inception(nn.Module):
         if weights != "random":
             path = _inception_file() if weights == "hub" else Path(weights)
             _fill(self.network, _read(path), str(path), "inception")
+            if not checksum_file(path, "sha256").startswith(f"sha256:{INCEPTION_HASH}"):
+                log.warning("%s is not the file of %s: a FID by it may differ from other people's", path, INCEPTION_URL)
         self._spatial: Tensor | None = None
         self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
         for module in self.network.modules():
@@ -242,7 +254,7 @@ def _inception_file() -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         log.info("fetching %s", INCEPTION_URL)
         try:
-            torch.hub.download_url_to_file(INCEPTION_URL, str(path), hash_prefix="6726825d", progress=False)
+            torch.hub.download_url_to_file(INCEPTION_URL, str(path), hash_prefix=INCEPTION_HASH, progress=False)
         except Exception as error:  # urllib and ssl raise many kinds
             raise UserError(
                 f"the weights of --extractor inception cannot be fetched ({reason(error)}); fetch {INCEPTION_URL} "

@@ -78,6 +78,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--inception-weights", default="", help="the same, for --extractor inception alone")
     group.add_argument("--metrics", nargs="+", help="of fid sfid is fd kid precision recall (default: all there are)")
     group.add_argument("--run", help="the run that the samples are of: values are added to RUN/evaluations.jsonl")
+    group.add_argument("--step", type=int, help="of the samples' checkpoint, where no sidecar says it")
     group.add_argument("--batch", type=int, default=64, help="images at a time (default: 64)")
     group.add_argument("--cache", help="folder of reference statistics (default: ~/.cache/repa_scale)")
     group.add_argument("--limit", type=int, default=20_000, help="of label agreement: real images to fit on")

@@ -21,9 +21,10 @@ HELD_OUT = 0.2  # share of the real images that the classifier is tested on
 
 def run(args: argparse.Namespace) -> int:
     """Prints the label agreement of SOURCE/samples.npz and writes evaluation.json beside it."""
-    folder = Path(args.source)
-    folder = folder.parent if folder.suffix == ".npz" else folder
-    samples, labels = _read_samples(folder / "samples.npz")
+    source = Path(args.source)
+    file = source if source.suffix == ".npz" else source / "samples.npz"
+    folder = file.parent
+    samples, labels = _read_samples(file)
     images, truth = _read_real(args.data, args.limit)
     if images.shape[1:] != samples.shape[1:]:
         raise DataError(

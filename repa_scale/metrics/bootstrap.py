@@ -1,10 +1,10 @@
 """95 % confidence intervals of metrics over the choice of samples. How a metric depends on a sample, each metric says.
 
 A metric that is smooth in the samples' weights is linearised: resampling n samples with replacement changes it by the
-mean of their influences (infinitesimal jackknife, Efron 1982). That costs one pass, where recomputing a Frechet one
-for each resample costs an eigendecomposition, and it does not carry the bias by which a resample, having fewer distinct
-images, is further from everything. The intervals say what another draw of as many samples would give; they hold neither
-the bias of n itself nor, except for KID, the choice of reference images.
+mean of their influences (infinitesimal jackknife, Efron 1982). That costs one pass, where computing a distance anew for
+each resample costs an eigendecomposition; and it is free of the bias by which a resample, having fewer distinct images,
+is further from everything. The intervals say what another draw of as many samples would give. They hold neither the
+bias of n itself nor the choice of reference images.
 """
 
 from __future__ import annotations
@@ -27,6 +27,11 @@ class Estimate:
     value: float
     low: float | None = None
     high: float | None = None
+
+    def within(self, least: float, most: float) -> Estimate:
+        """With the interval cut to the values that the metric can have."""
+        edges = (None if edge is None else min(max(edge, least), most) for edge in (self.low, self.high))
+        return Estimate(self.value, *edges)
 
 
 def by_resampling(value: float, influence: Tensor, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:

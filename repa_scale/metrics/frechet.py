@@ -87,6 +87,9 @@ class Moments:
         dist.all_reduce(scatter)
         return Moments(count, mean, scatter)
 
+    def to(self, device: torch.device | str) -> Moments:
+        return Moments(self.count, self.mean.to(device), self.scatter.to(device))
+
     @property
     def covariance(self) -> Tensor:
         """(d, d) float64, unbiased: divided by n - 1."""
@@ -153,13 +156,14 @@ def _distance(a: Moments, b: Moments) -> tuple[float, Tensor, Tensor]:
     for moments in (a, b):
         if not (torch.isfinite(moments.mean).all() and torch.isfinite(moments.scatter).all()):
             raise DataError("a mean or covariance is not finite; check the extractor's weights, and make it again")
-        if moments.count <= len(moments.mean):
-            log.warning(
-                "%d images for features of %d numbers: their covariance is singular and the distance far too large; "
-                "compare it with such of equally many images alone",
-                moments.count,
-                len(moments.mean),
-            )
+    least = min(a.count, b.count)
+    if least <= len(a.mean):
+        log.warning(
+            "%d images for features of %d numbers: a singular covariance, and a distance far above that of many; "
+            "compare it with such of equally many images alone",
+            least,
+            len(a.mean),
+        )
     first, second = a.covariance, b.covariance.to(a.mean.device)
     difference = a.mean - b.mean.to(a.mean.device)
     roots = _factor(first)

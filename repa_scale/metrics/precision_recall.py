@@ -49,7 +49,8 @@ def precision_recall(
     if group is not None:
         radii = torch.cat([radii, _without_each(distances, group[indices], group, groups, k)], 1)
     shares = covered(reference, samples, radii).double().mean(0)
-    return by_resampling(precision, inside - precision, seed), by_jackknife(shares[0].item(), shares[1:])
+    recall = by_jackknife(shares[0].item(), shares[1:])
+    return by_resampling(precision, inside - precision, seed), recall.within(0.0, 1.0)
 
 
 def nearest(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
