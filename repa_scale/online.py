@@ -125,7 +125,9 @@ class OnlineEvaluation:
             protocol={
                 "extractor": extractor.name,
                 "extractor_fingerprint": extractor.fingerprint,
-                "reference": settings.reference or self.dataset.fingerprint,
+                "resize": extractor.spec.resize,
+                "reference": settings.reference or self.dataset.name,
+                "reference_fingerprint": None if settings.reference else self.dataset.fingerprint,
                 "reference_count": None if settings.reference else reference_count,
                 "weights": "ema",
                 "sampler": sample.sampler,

@@ -24,7 +24,7 @@ from repa_scale.pictures import save_sheet
 from repa_scale.ranks import Ranks
 from repa_scale.sample_blocks import Blocks, Output, finished, merge
 from repa_scale.sample_draw import Drawer, draw_missing
-from repa_scale.sample_recipe import CLASSES, COMPILE_FROM, PRECISIONS, ROUNDING, Recipe, device_of, versions
+from repa_scale.sample_recipe import CLASSES, COMPILE_FROM, PRECISIONS, ROUNDING, Recipe, device_of, differing, versions
 from repa_scale.sampling import SAMPLERS
 from repa_scale.trained import KINDS, Trained, load_trained
 
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
 def _run(args: argparse.Namespace, trained: Trained, settings: SampleConfig, ranks: Ranks) -> ExitCode:
     stop = StopRequest(None)
     latents = build_latents(trained.config, ranks.device, torch.float32)
-    recipe = ranks.broadcast_object(make_recipe(args, trained, settings, latents, ranks.device))
+    recipe = agreed(ranks.gather_objects(make_recipe(args, trained, settings, latents, ranks.device)))
     out = Output.at(args.out)
     blocks = Blocks(out.blocks, recipe)
     there = ranks.broadcast_object(finished(out, recipe) if ranks.is_main else None)
@@ -80,6 +80,21 @@ def _run(args: argparse.Namespace, trained: Trained, settings: SampleConfig, ran
             _say(ranks, "they were there already, whole and by the same recipe")
     ranks.barrier()
     return ExitCode.COMPLETED
+
+
+def agreed(recipes: list[Recipe]) -> Recipe:
+    """The recipe of all ranks.
+
+    Raises:
+        ConfigError: a rank would draw other samples.
+    """
+    for rank, recipe in enumerate(recipes):
+        if difference := differing(recipes[0].as_json(), recipe.as_json()):
+            raise ConfigError(
+                f"rank {rank} would draw other samples than rank 0 ({difference}); start all processes with the same "
+                "words, versions and kind of device"
+            )
+    return recipes[0]
 
 
 def make_recipe(

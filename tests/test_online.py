@@ -66,7 +66,7 @@ def test_the_value_is_that_of_an_independent_calculation(ran, digits):
         assert evaluation.value == pytest.approx(distance_by_numpy(sampled, real), rel=2e-3)
         assert evaluation.low < evaluation.value < evaluation.high
         protocol = evaluation.protocol
-        assert protocol["reference"] == dataset.fingerprint and protocol["reference_count"] == REAL
+        assert protocol["reference_fingerprint"] == dataset.fingerprint and protocol["reference_count"] == REAL
         assert (protocol["sampler"], protocol["steps"], protocol["seed"]) == ("euler", 2, 0)
     assert found[0].value != found[1].value
     assert read_metrics(ran)[-1]["lost_evaluate_seconds"] > 0

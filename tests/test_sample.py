@@ -254,6 +254,15 @@ def recipe_of(count, size, block, **changes) -> Recipe:
     return Recipe(**values | changes)
 
 
+def test_ranks_that_would_draw_other_samples_or_do_not_see_the_folder_are_refused(tmp_path):
+    one = recipe_of(10, 4, 4, device="GPU A")
+    assert sample.agreed([one, one]) == one
+    with pytest.raises(ConfigError, match=r"rank 1 .* \(device: GPU A -> GPU B\)"):
+        sample.agreed([one, recipe_of(10, 4, 4, device="GPU B")])
+    with pytest.raises(ConfigError, match="a folder that all nodes share"):
+        sample._see(Blocks(tmp_path / "not made.npz.blocks", one))
+
+
 def test_an_archive_is_written_without_holding_it(tmp_path):
     """65 MB of images, a block of 4 MB at a time."""
     import tracemalloc
