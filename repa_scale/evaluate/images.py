@@ -182,7 +182,8 @@ def _progress(show: bool) -> Iterator[Callable[[str, int], Callable[[int], objec
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not show, transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not (show and console.is_terminal), transient=True) as bar:
 
         def start(what: str, total: int) -> Callable[[int], object]:
             task = bar.add_task(what, total=total)

@@ -190,7 +190,7 @@ def _read(file: Path, images: ImageSet, fingerprint: str) -> Features | None:
     try:
         head = json.loads(file.with_suffix(".json").read_text())
         arrays = {name: npz_array(file, name) for name in npz_arrays(file)}
-    except (FileNotFoundError, DataError, ValueError):
+    except (OSError, DataError, ValueError):
         if file.exists():
             log.warning("%s is damaged; its statistics are made again", file)
         return None
