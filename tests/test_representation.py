@@ -69,7 +69,7 @@ def parsed(source, data, *words):
     parser = argparse.ArgumentParser()
     parser.add_argument("source")
     representation.add_options(parser)
-    for name, default in (("--data", None), ("--device", "cpu"), ("--run", None)):
+    for name, default in (("--data", None), ("--device", "cpu"), ("--run", None), ("--weights", "")):
         parser.add_argument(name, default=default)
     parser.add_argument("--batch", type=int, default=64)
     return parser.parse_args([str(source), "--data", str(data), *map(str, words)])
@@ -235,6 +235,7 @@ def test_input_that_cannot_be_measured(run, digits, tmp_path):
     assert "at least 1" in refused(ConfigError, run, digits, "--denoising", "--bins", 0)
     assert "is not an encoder" in refused(ConfigError, run, digits, "--alignment", "--encoder", "dino")
     assert "needs --encoder" in refused(ConfigError, run, digits, "--alignment", "--encoder-weights", "hub")
+    assert "--model-weights" in refused(ConfigError, run, digits, "--denoising", "--weights", "raw")
     assert "must end with .json" in refused(ConfigError, run, digits, "--out", tmp_path / "x")
     assert "is not a run folder" in refused(ConfigError, run, digits, "--run", tmp_path)
     assert "does not exist" in refused(DataError, run, tmp_path / "nothing")

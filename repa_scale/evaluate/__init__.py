@@ -13,6 +13,7 @@ from repa_scale.errors import ConfigError, DataError, ExitCode
 EXAMPLES = """examples:
   repa-scale evaluate samples.npz --reference imagenet256 --extractor inception --metrics fid sfid is precision recall
   repa-scale evaluate samples --reference data/cifar10 --run runs/first
+  repa-scale evaluate runs/first --data data/held_out --alignment --linear-probe --denoising
   repa-scale evaluate samples --data data/digits          label agreement: are samples read as their labels?
 """
 REPRESENTATION = "repa_scale.evaluate.representation"

@@ -24,7 +24,6 @@ from repa_scale.rng import fingerprint
 from repa_scale.sizes import backbone, encoder_spec
 from repa_scale.trained import KINDS, Trained, load_trained
 
-EXAMPLE = "repa-scale evaluate runs/first --data data/held_out --alignment --linear-probe --denoising"
 ALWAYS_THERE = ("effnet-lite0", "package")  # the encoder whose weights need no download
 ALL_DEPTHS = 12  # up to which every depth is measured by default; of deeper models as many as SPACED
 SPACED = 8
@@ -58,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
     """Measures, prints tables, and writes OUT.json, OUT.png and lines of RUN/evaluations.jsonl."""
     if not args.data:
         raise ConfigError("--data is missing: the real images to measure on, a prepared set or a folder")
+    if weights := getattr(args, "weights", ""):
+        raise ConfigError(f"--weights {weights} is of samples; give --model-weights ema or raw, or --encoder-weights")
     trained = load_trained(args.source, args.model_weights)
     home = run_of(trained, args.run)
     out = _out(args.out, home, trained)
