@@ -67,7 +67,9 @@ def write_run(
     for step in steps:
         value = curve(step)
         low, high = (value * (1 + side * margin) if margin else None for side in (-1, 1))
-        one = evaluations.Evaluation(step, 1, 1.7e9 + step, metric, value, count, low, high, PROTOCOL | (protocol or {}))
+        one = evaluations.Evaluation(
+            step, 1, 1.7e9 + step, metric, value, count, low, high, PROTOCOL | (protocol or {})
+        )
         evaluations.append(folder, one)
     status = {"state": state, "step": last, "attempt": 1, "reason": "", "updated": 4e9}
     (folder / "status.json").write_text(json.dumps(status))

@@ -62,9 +62,12 @@ def quality(result: dict[str, Any], name: str, axis: str) -> str:
     final = metric["curves"].get(result["baseline"])
     if final:
         figure.add_hline(y=final["fit"][-1], line={"color": BASELINE, "width": 1, "dash": "dash"}, opacity=0.7)
-    title = f"{metric['title']}, {metric['better']} is better"
-    figure.update_xaxes(title=AXES[axis], type="log" if axis == "steps" else "linear", exponentformat="SI")
-    return drawn(figure, title, HEIGHT if axis != "steps" else 420)
+    if axis == "steps":
+        shown = ticks(sorted({step for curve in metric["curves"].values() for step in curve["steps"]}))
+        figure.update_xaxes(type="log", tickvals=shown, ticktext=[short(step) for step in shown])
+        return drawn(figure, "Against optimiser steps, logarithmic", 420)
+    figure.update_xaxes(exponentformat="power" if axis == "flops" else "SI", rangemode="tozero")
+    return drawn(figure, f"Against {AXES[axis][0].lower()}{AXES[axis][1:]}", HEIGHT)
 
 
 def speed_up_by_level(result: dict[str, Any], name: str) -> str:
@@ -95,9 +98,9 @@ def speed_up_by_level(result: dict[str, Any], name: str) -> str:
             )
     figure.add_hline(y=1, line={"color": "#808080", "width": 1, "dash": "dash"})
     backwards = "reversed" if metric["better"] == "lower" else None
-    figure.update_xaxes(title=f"{metric['title']}: better to the right", autorange=backwards)
+    figure.update_xaxes(autorange=backwards)
     figure.update_yaxes(type="log", tickformat=".2g")
-    return drawn(figure, "Times fewer steps to reach a level", HEIGHT)
+    return drawn(figure, "Times fewer steps to reach a level (to the right: better ones)", HEIGHT)
 
 
 def curve(result: dict[str, Any], metric: str, axis: int) -> str:
@@ -117,10 +120,9 @@ def curve(result: dict[str, Any], metric: str, axis: int) -> str:
             **common,
         )
         figure.add_scatter(y=smoothed(y), name=label, line={"color": colour, "width": 2.2}, **common)
-    figure.update_xaxes(title=("step", "seconds of training")[axis])
     if metric in ("images_per_second", "peak_memory_bytes"):
         figure.update_yaxes(rangemode="tozero")
-    return drawn(figure, f"{TITLES[metric]} over {('steps', 'time')[axis]}", HEIGHT)
+    return drawn(figure, f"{TITLES[metric]} over {('steps', 'time, seconds')[axis]}", HEIGHT)
 
 
 def step_time(result: dict[str, Any]) -> str:
@@ -135,9 +137,9 @@ def step_time(result: dict[str, Any]) -> str:
     rest = [max(0.0, (one["step_seconds"] or 0.0) - sum(one[key] or 0.0 for key in SHARES)) for one in summaries]
     figure.add_bar(x=rest, y=names, name="rest of the step", orientation="h", marker={"color": "#9a9a9a"})
     figure.update_layout(barmode="stack")
-    figure.update_xaxes(title="seconds a step", rangemode="tozero")
-    figure.update_yaxes(autorange="reversed", automargin=True)
-    return drawn(figure, "Where the time of a step goes", 150 + 34 * len(names))
+    figure.update_xaxes(rangemode="tozero")
+    figure.update_yaxes(autorange="reversed")
+    return drawn(figure, "Where the time of a step goes, seconds", 150 + 34 * len(names), legend=-0.35)
 
 
 def by_depth(result: dict[str, Any], measure: str, title: str) -> str:
@@ -156,7 +158,7 @@ def by_depth(result: dict[str, Any], measure: str, title: str) -> str:
                 x=depths, y=[best[depth] for depth in depths], mode="lines+markers", name=f"{label}, step {step}",
                 line={"color": palette[result["runs"][run]["variant"]]},
             )  # fmt: skip
-    figure.update_xaxes(title="depth (block)", dtick=1 if len(figure.data) and len(figure.data[0].x) < 16 else None)
+    figure.update_xaxes(dtick=1 if len(figure.data) and len(figure.data[0].x) < 16 else None)
     return drawn(figure, title, HEIGHT) if figure.data else ""
 
 
@@ -181,8 +183,24 @@ def by_time(result: dict[str, Any], measure: str, title: str) -> str:
                 name=f"{result['runs'][run]['label']}, step {measured[-1].get('step')}",
                 line={"color": palette[result["runs"][run]["variant"]]},
             )  # fmt: skip
-    figure.update_xaxes(title="t (0: data, 1: noise)")
     return drawn(figure, title, HEIGHT) if figure.data else ""
+
+
+def ticks(steps: list[float]) -> list[float]:
+    """Of the steps, which are written on a logarithmic axis: each at least a quarter above the one before."""
+    shown = steps[-1:]
+    for step in reversed(steps[:-1]):
+        if step * 1.28 <= shown[0]:
+            shown.insert(0, step)
+    return shown
+
+
+def short(step: float) -> str:
+    """`25K`."""
+    for unit, name in ((1e6, "M"), (1e3, "K")):
+        if step >= unit:
+            return f"{step / unit:g}{name}"
+    return f"{step:g}"
 
 
 def smoothed(values: list[float], window: float = 0.1) -> list[float]:
@@ -196,7 +214,7 @@ def smoothed(values: list[float], window: float = 0.1) -> list[float]:
     return result
 
 
-def drawn(figure: Any, title: str, height: int) -> str:
+def drawn(figure: Any, title: str, height: int, legend: float = -0.16) -> str:
     """The title stands in the page, where it wraps on a phone; the background is the page's."""
     import html
 
@@ -206,7 +224,7 @@ def drawn(figure: Any, title: str, height: int) -> str:
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"family": "system-ui, sans-serif", "size": 13},
-        legend={"orientation": "h", "y": -0.22, "yanchor": "top", "traceorder": "normal"},
+        legend={"orientation": "h", "y": legend, "yanchor": "top", "traceorder": "normal"},
         hovermode="closest",
     )
     figure.update_xaxes(automargin=True)

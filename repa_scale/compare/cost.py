@@ -19,7 +19,7 @@ AXES = {
     STEPS: "Optimiser steps",
     "samples": "Training images",
     "device_hours": "Device-hours of training",
-    "wall_seconds": "Wall time",
+    "wall_seconds": "Wall time, seconds",
     "flops": "Floating-point operations, encoder included",
 }
 OF_TIME = ("device_hours", "wall_seconds")

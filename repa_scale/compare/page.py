@@ -1,4 +1,4 @@
-"""The report as one HTML file that needs no network: plotly inside, pictures inside. All values come from the result."""
+"""The report as one HTML file that needs no network: plotly and pictures inside. All values come from the result."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from typing import Any
 from repa_scale.compare import charts
 from repa_scale.compare.template import TEMPLATE
 from repa_scale.compare.validity import show
-from repa_scale.compare.verdict import NOT_COMPARABLE
+from repa_scale.compare.verdict import NOT_COMPARABLE, digits
 from repa_scale.errors import require
 
-ROWS_OF_LEVELS = 2  # of quality.speed_ups, those that have a name
+# Tags of a run that say how to repeat it, and what the page calls them.
+FACTS = {
+    "command": "command", "git_commit": "commit", "versions": "versions", "device": "device",
+    "world_size": "processes", "data_fingerprint": "data", "identity_hash": "identity", "pair_id": "pair",
+}  # fmt: skip
 SHORT_AXES = {
     "steps": "steps", "samples": "images", "device_hours": "device-hours", "wall_seconds": "wall time", "flops": "FLOPs"
 }  # fmt: skip
@@ -117,12 +121,13 @@ def _quality(result: dict[str, Any]) -> str:
         metric = result["metrics"][name]
         if not metric["curves"]:
             continue
-        parts.append(f"<h3>{html.escape(metric['title'])}</h3>")
+        parts.append(f"<h3>{html.escape(metric['title'])}, {metric['better']} is better</h3>")
         if metric["circular"]:
             targets = html.escape(", ".join(metric["circular"]))
+            extractor = html.escape(metric["extractor"])
             parts.append(
-                f"<p class=warn><b>Circular.</b> Its extractor ({html.escape(metric['extractor'])}) is of the family of "
-                f"{targets}, which a run was aligned with: it is shown, and no speed-up is computed from it.</p>"
+                f"<p class=warn><b>Circular.</b> Its extractor ({extractor}) is of the family of {targets}, which a "
+                "run was aligned with: it is shown, and no speed-up is computed from it.</p>"
             )
         elif metric["refused"]:
             parts.append(f"<p class=warn>No speed-up from it: {html.escape('; '.join(metric['refused']))}.</p>")
@@ -162,10 +167,9 @@ def _targets(result: dict[str, Any], metric: dict[str, Any]) -> str:
         note += "One seed of a method: no intervals. "
     note += "“More than”: the other did not get there in its run, or this one was there before its first evaluation; "
     note += "nothing is extrapolated.</p>"
-    return (
-        f"<div class=scroll><table><tr><th>level</th><th>quality</th><th>reached at step</th><th>baseline</th>{heads}</tr>"
-        f"{''.join(lines)}</table></div>{note}"
-    )
+    first = "<tr><th>level</th><th>quality</th><th>reached at step</th><th>baseline at step</th>"
+    opening = '<div class=scroll><table class="wide numbers">'
+    return f"{opening}{first}{heads}</tr>{''.join(lines)}</table></div>{note}"
 
 
 def _ratio(one: dict[str, Any] | None) -> str:
@@ -174,8 +178,9 @@ def _ratio(one: dict[str, Any] | None) -> str:
     if one["ratio"] is None:
         return "-"
     mark = {"exact": "", "more than": "more than ", "less than": "less than "}[one["kind"]]
-    interval = f" [{one['low']:.3g}, {one['high']:.3g}]" if one["low"] is not None else ""
-    return f"{mark}{one['ratio']:.3g}{interval}"
+    if one["low"] is None:
+        return f"{mark}{digits(one['ratio'])}"
+    return f"{digits(one['ratio'])} <span class=soft>[{digits(one['low'])}, {digits(one['high'])}]</span>"
 
 
 def _reached(one: dict[str, Any]) -> str:
@@ -206,7 +211,7 @@ def _summary(result: dict[str, Any], names: dict[str, str]) -> str:
     if losses["step"] is not None:
         cells = "".join(f"<td>{losses[run]:.6f}</td>" for run in names)
         lines.append(f"<tr><th>Denoising loss at step {losses['step']:,}</th>{cells}</tr>")
-    return _table(["", *names.values()], lines)
+    return _table(["", *names.values()], lines, "numbers")
 
 
 def _number(value: float | None, form: str) -> str:
@@ -222,11 +227,11 @@ def _pair(result: dict[str, Any], metric: str) -> str:
 def _alignment(result: dict[str, Any]) -> str:
     pieces = [
         charts.by_depth(result, "cknna", "CKNNA with the target encoder by depth, the best t"),
-        charts.by_time(result, "cknna", "CKNNA by t, the best depth"),
+        charts.by_time(result, "cknna", "CKNNA by t (0: data), the best depth"),
         charts.by_depth(result, "cosine", "Cosine of projected and target tokens by depth, the best t"),
-        charts.by_time(result, "cosine", "Cosine by t, the best depth"),
+        charts.by_time(result, "cosine", "Cosine by t (0: data), the best depth"),
         charts.by_depth(result, "probe_accuracy", "Accuracy of a linear probe by depth, the best t"),
-        charts.by_time(result, "denoising_loss", "Denoising loss on held-out images by t"),
+        charts.by_time(result, "denoising_loss", "Denoising loss on held-out images by t (0: data)"),
     ]
     if not any(pieces):
         return ""
@@ -292,7 +297,7 @@ def _incidents(result: dict[str, Any], names: dict[str, str]) -> str:
     note = ""
     if unknown:
         note = f"<p class=small>incidents.jsonl of {html.escape(', '.join(unknown))} is not on this machine.</p>"
-    return _table(["", *names.values()], lines) + note
+    return _table(["", *names.values()], lines, "numbers") + note
 
 
 def _validity(result: dict[str, Any], names: dict[str, str]) -> str:
@@ -313,9 +318,8 @@ def _validity(result: dict[str, Any], names: dict[str, str]) -> str:
     for one in differing:
         cells = "".join(f"<td>{html.escape(show(one['values'].get(run)))}</td>" for run in names)
         allowed = " (allowed)" if one["allowed"] else ""
-        lines.append(
-            f"<tr class=differs><th>{html.escape(one['key'])}</th><td>{html.escape(one['protects'])}{allowed}</td>{cells}</tr>"
-        )
+        head = f"<th>{html.escape(one['key'])}</th><td>{html.escape(one['protects'])}{allowed}</td>"
+        lines.append(f"<tr class=differs>{head}{cells}</tr>")
     return "".join(parts) + (_table(["differs", "protects", *names.values()], lines) if lines else "")
 
 
@@ -325,10 +329,7 @@ def _repeat(result: dict[str, Any], names: dict[str, str]) -> str:
         run = result["runs"][key]
         tags = run["tags"]
         facts = [("run", run["run_id"]), ("read from", run["source"])]
-        facts += [(name, tags[tag]) for tag, name in (
-            ("command", "command"), ("git_commit", "commit"), ("versions", "versions"), ("device", "device"),
-            ("world_size", "processes"), ("data_fingerprint", "data"), ("identity_hash", "identity"), ("pair_id", "pair"),
-        ) if tags.get(tag)]  # fmt: skip
+        facts += [(name, tags[tag]) for tag, name in FACTS.items() if tags.get(tag)]
         rows = "".join(f"<tr><th>{name}</th><td><code>{html.escape(value)}</code></td></tr>" for name, value in facts)
         parts.append(f"<h3>{html.escape(label)}</h3><div class=scroll><table>{rows}</table></div>")
     parts.append(
@@ -347,6 +348,7 @@ def _settings(rows: list[dict[str, Any]], names: dict[str, str], what: str) -> s
     return f"<p>{count} of {len(rows)} {what} differ; they stand first.</p>{_table(['key', *names.values()], lines)}"
 
 
-def _table(heads: list[str], lines: list[str]) -> str:
+def _table(heads: list[str], lines: list[str], kind: str = "") -> str:
     head = "".join(f"<th>{html.escape(name)}</th>" for name in heads)
-    return f"<div class=scroll><table><tr>{head}</tr>{''.join(lines)}</table></div>"
+    opening = f'<div class=scroll><table class="{kind}">'
+    return f"{opening}<tr>{head}</tr>{''.join(lines)}</table></div>"

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from repa_scale.compare.charts import colours, smoothed
+from repa_scale.compare.charts import colours, short, smoothed, ticks
 
 WIDTH, HEIGHT = 1200, 720  # pixels
 SCALE = 2  # it is drawn larger and then reduced: smooth lines
@@ -79,10 +79,10 @@ def _plot(draw: ImageDraw.ImageDraw, box: tuple, series: list[dict[str, Any]], l
         _, height = point(min(xs), y)
         draw.line((left * SCALE, height, right * SCALE, height), fill=GRID, width=SCALE)
         draw.text(((left - 12) * SCALE, height), f"{y:g}", fill=SOFT, font=font, anchor="rm")
-    for x in _steps(sorted(set(xs)), log):
+    for x in ticks(sorted(set(xs))) if log else _ticks(min(xs), max(xs)):
         across, _ = point(x, y0)
         draw.line((across, top * SCALE, across, bottom * SCALE), fill=GRID, width=SCALE)
-        draw.text((across, (bottom + 10) * SCALE), _short(x), fill=SOFT, font=font, anchor="mt")
+        draw.text((across, (bottom + 10) * SCALE), short(x), fill=SOFT, font=font, anchor="mt")
     for one in series:
         colour = one["colour"]
         if one["low"] != one["high"]:
@@ -99,25 +99,7 @@ def _plot(draw: ImageDraw.ImageDraw, box: tuple, series: list[dict[str, Any]], l
 
 def _ticks(low: float, high: float) -> list[float]:
     """About six round values."""
-    rough = (high - low) / 6
+    rough = (high - low) / 6 or 1.0
     unit = 10 ** math.floor(math.log10(rough))
     step = next(unit * k for k in (1, 2, 5, 10) if unit * k >= rough)
     return [round(step * i, 12) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
-
-
-def _steps(steps: list[float], log: bool) -> list[float]:
-    """Which of the steps are written: on a logarithmic axis, each at least a quarter above the one before."""
-    if not log:
-        return _ticks(min(steps), max(steps)) if len(steps) > 1 else steps
-    shown = steps[-1:]
-    for step in reversed(steps[:-1]):
-        if step * 1.28 <= shown[0]:
-            shown.insert(0, step)
-    return shown
-
-
-def _short(step: float) -> str:
-    for unit, name in ((1e6, "M"), (1e3, "K")):
-        if step >= unit:
-            return f"{step / unit:g}{name}"
-    return f"{step:g}"

@@ -16,7 +16,7 @@ from repa_scale.errors import DataError
 from repa_scale.evaluations import Evaluation
 
 HELD_OUT = "held_out_denoising_loss"
-LEVELS = 9  # quality levels of the curve of speed-ups, evenly between what both reached
+LEVELS = 8  # quality levels of the curve of speed-ups, evenly between the first and the last that both reached
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,8 @@ def speed_ups(groups: Groups, metric: Metric, spent: dict[str, dict[str, Spent]]
         top, bottom = float(min(a[0], b[0])), float(max(a[-1], b[-1]))
         levels: list[tuple[str, float | None]] = [("the baseline's final quality", None)]
         levels.append((f"{variant.label}'s final quality", float(a[-1])))
-        levels += [("", float(level)) for level in np.linspace(top, bottom, LEVELS)] if top > bottom else []
+        between = np.linspace(top, bottom, LEVELS + 2)[1:-1] if top > bottom else ()
+        levels += [("", float(level)) for level in between]
         costs = {
             axis: tuple(mean_cost([spent[key] for key in one.runs], axis) for one in (variant, baseline))
             for axis in AXES

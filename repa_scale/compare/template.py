@@ -18,7 +18,8 @@ h1 { margin-bottom: .2rem; line-height: 1.2; }
 h2 { margin: 2.2rem 0 .6rem; border-top: 1px solid var(--line); padding-top: 1.2rem; }
 h3 { margin: 1.4rem 0 .4rem; }
 .lead { font-size: 1.3rem; line-height: 1.4; margin: 1rem 0 .4rem; }
-.small, .runs { color: var(--soft); font-size: .92rem; }
+.small, .runs, .soft { color: var(--soft); font-size: .92rem; }
+.soft, .wide th { white-space: nowrap; }
 .runs b { color: var(--ink); }
 .dot { display: inline-block; width: .8em; height: .8em; border-radius: 50%; margin-right: .45em; }
 .warn { border-left: 4px solid var(--warn); padding: .35rem .8rem; background: var(--warn-paper); margin: .5rem 0; }
@@ -36,6 +37,8 @@ table { border-collapse: collapse; font-size: .93rem; }
 th, td { text-align: left; vertical-align: top; padding: .25rem 1.1rem .25rem 0; border-bottom: 1px solid var(--line);
   font-variant-numeric: tabular-nums; min-width: 4.5em; }
 td { overflow-wrap: anywhere; }
+.numbers td { overflow-wrap: normal; }
+.numbers th:first-child { min-width: 9em; }
 th { font-weight: 500; }
 tr:first-child th { font-weight: 600; }
 .group th { padding-top: .8rem; font-weight: 600; }

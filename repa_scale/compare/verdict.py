@@ -99,12 +99,17 @@ def times(one: dict[str, Any], less: str, more: str) -> str:
         return ""
     # What is known to be above a ratio below 1, or below one above it, decides nothing.
     if one["kind"] != EXACT and (one["kind"] == MORE) != faster:
-        return f"at most {shown:.3g} times {less if faster else more}"
-    text = f"{'more than ' if one['kind'] != EXACT else ''}{shown:.3g} times {less if faster else more}"
+        return f"at most {digits(shown)} times {less if faster else more}"
+    text = f"{'more than ' if one['kind'] != EXACT else ''}{digits(shown)} times {less if faster else more}"
     if one["low"] is not None:
         ends = (one["low"], one["high"]) if faster else (1 / one["high"], 1 / one["low"])
-        text += f" [{ends[0]:.3g}, {ends[1]:.3g}]"
+        text += f" [{digits(ends[0])}, {digits(ends[1])}]"
     return text
+
+
+def digits(ratio: float) -> str:
+    """3.07, 30.7, 307: as many digits for a value as for its interval."""
+    return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.1f}" if ratio < 100 else f"{ratio:,.0f}"
 
 
 def losses_sentence(result: dict[str, Any]) -> str:
