@@ -5,6 +5,8 @@ from __future__ import annotations
 from itertools import cycle
 from typing import Any
 
+import numpy as np
+
 from repa_scale.compare.cost import AXES
 
 HEIGHT = 340  # pixels of a chart
@@ -108,7 +110,7 @@ def curve(result: dict[str, Any], metric: str, axis: int) -> str:
     palette = colours(result)
     figure = _figure()
     for run, points in result["curves"][metric].items():
-        x, y = [point[axis] for point in points], [point[2] for point in points]
+        x, y = (np.array([point[i] for point in points]) for i in (axis, 2))  # arrays are drawn and stored faster
         colour, label = palette[result["runs"][run]["variant"]], result["runs"][run]["label"]
         common = {"x": x, "legendgroup": run}
         figure.add_scatter(
@@ -119,7 +121,7 @@ def curve(result: dict[str, Any], metric: str, axis: int) -> str:
             showlegend=False,
             **common,
         )
-        figure.add_scatter(y=smoothed(y), name=label, line={"color": colour, "width": 2.2}, **common)
+        figure.add_scatter(y=np.array(smoothed(y.tolist())), name=label, line={"color": colour, "width": 2.2}, **common)
     if metric in ("images_per_second", "peak_memory_bytes"):
         figure.update_yaxes(rangemode="tozero")
     return drawn(figure, f"{TITLES[metric]} over {('steps', 'time, seconds')[axis]}", HEIGHT)

@@ -19,7 +19,8 @@ from repa_scale.compare.verdict import headline, verdict
 FORMAT_VERSION = 1
 CURVES = ("denoising_loss", "alignment_loss", "loss", "grad_norm", "images_per_second", "peak_memory_bytes")
 PHASES = ("encoder_seconds", "alignment_seconds", "latent_seconds", "data_wait_seconds")
-POINTS = 2000  # the most of a curve that the report holds: every n-th, and the last
+# The most of a metric's points that the report holds, of one run and of all: every n-th of each run, and the last.
+POINTS, ALL_POINTS = 2000, 6000
 TAIL = 0.1  # share of the common rows over which the last losses are averaged
 
 
@@ -80,7 +81,7 @@ def comparison(
         "summary": {key: summary(run) for key, run in runs.items()},
         "losses": last_losses(runs),
         "curves": {
-            metric: {key: curve(run, metric) for key, run in runs.items() if metric in run.history}
+            metric: {key: curve(run, metric, len(runs)) for key, run in runs.items() if metric in run.history}
             for metric in (*CURVES, *PHASES, "step_seconds")
         },
         "representation": {key: run.representation for key, run in runs.items()},
@@ -172,11 +173,12 @@ def seconds_by_step(run: RunData) -> np.ndarray:
     return np.concatenate([[0.0], np.cumsum(passed)])
 
 
-def curve(run: RunData, metric: str) -> list[tuple[int, float, float]]:
-    """(step, seconds of training since the first logged row, value); every n-th row, so that POINTS are not passed."""
+def curve(run: RunData, metric: str, runs: int = 1) -> list[tuple[int, float, float]]:
+    """(step, seconds of training since the first logged row, value); every n-th row, so that POINTS are not
+    passed, nor by all `runs` ALL_POINTS."""
     history = run.history[metric]
     seconds = np.interp(history.steps, run.rows.steps, seconds_by_step(run))
-    every = -(-len(history) // POINTS)
+    every = -(-len(history) // min(POINTS, ALL_POINTS // runs)) if runs < ALL_POINTS else len(history)
     keep = sorted({*range(0, len(history), every), len(history) - 1}) if len(history) else []
     return [(int(history.steps[i]), float(seconds[i]), float(history.values[i])) for i in keep]
 

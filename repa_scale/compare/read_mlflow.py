@@ -182,7 +182,7 @@ def _histories(client: Any, run_id: str, keys: Iterable[str]) -> dict[str, Point
 
 
 def _query(database: sqlite3.Connection, run_id: str, key: str) -> Points:
-    where = "FROM metrics WHERE run_uuid = ? AND key = ? AND is_nan = 0 ORDER BY timestamp, step"
+    where = "FROM metrics WHERE run_uuid = ? AND key = ? AND is_nan = 0"
     return _points(database.execute(f"SELECT step, timestamp, value {where}", (run_id, key)).fetchall())
 
 
