@@ -12,6 +12,8 @@ GPU_PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 # The share of the peak that a step's matrix products, attention and element-wise passes leave at best.
 BEST_SHARE = 0.55
 PROJECTOR_WIDTH = 2048
+# Of a convolutional encoder up to its feature map, for each pixel of its input (counted by torch's counter).
+MAP_FLOPS = {"effnet-lite0": 9697.0}
 VIT_DEPTH = {384: 12, 768: 12, 1024: 24, 1280: 32, 1536: 40}
 
 
@@ -33,10 +35,10 @@ def projector_flops(width: int, target: int, tokens: int, hidden: int = PROJECTO
 
 
 def encoder_flops(name: str, tokens: int) -> float:
-    """Forward pass of a target encoder on one image; 0 where it is no ViT. DINOv2-B at 256: 46e9."""
+    """Forward pass of a target encoder on one image. DINOv2-B at 256: 46e9."""
     spec = encoder_spec(name)
     if spec.kind != "vit":
-        return 0.0
+        return MAP_FLOPS[name] * tokens * spec.stride**2
     patches = 2 * tokens * 3 * spec.stride**2 * spec.width
     return VIT_DEPTH[spec.width] * block_flops(tokens + spec.prefix_tokens, spec.width) + patches
 

@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 from repa_scale import evaluations
-from repa_scale.checkpoint import list_checkpoints
 from repa_scale.errors import ConfigError, UserError
 from repa_scale.files import write_atomically
 from repa_scale.lease import holder_now, look, read_lease, take_lease
@@ -146,6 +145,8 @@ def open_run(path: Path, identity: dict, config_yaml: str, resume: str) -> RunFo
         ConfigError: the folder belongs to a run of another identity (the keys are listed), or `resume` forbids it.
         UserError: another live process writes in the folder.
     """
+    from repa_scale.checkpoint import list_checkpoints  # here: who only reads a folder needs no torch
+
     check_identity(path, identity)
     if resume == "never" and list_checkpoints(path / "checkpoints"):
         raise ConfigError(f"run.dir={path} holds a checkpoint and run.resume=never; choose another run.dir")

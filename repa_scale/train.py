@@ -99,6 +99,8 @@ def run(config) -> ExitCode:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     from repa_scale.engine import import_deepspeed
+    from repa_scale.files import write_atomically
+    from repa_scale.redact import redacted
     from repa_scale.tracking import open_tracker
     from repa_scale.trainer import Trainer
 
@@ -106,7 +108,9 @@ def run(config) -> ExitCode:
     tracker = None
     try:
         if ranks.is_main:
-            tracker = open_tracker(config, Path(config.run.dir), run_tags(config, ranks, identity, dataset), dataset)
+            tags = run_tags(config, ranks, identity, dataset)
+            write_atomically(Path(config.run.dir) / "tags.json", redacted(json.dumps(tags, indent=1)))
+            tracker = open_tracker(config, Path(config.run.dir), tags, dataset)
         return Trainer(config, ranks, dataset, folder, tracker, identity, ds_config).train()
     except BaseException as error:
         if folder is not None:
@@ -162,7 +166,7 @@ def run_identity(config, data_fingerprint: str) -> dict:
 
 
 def run_tags(config, ranks, identity: dict, dataset) -> dict[str, str]:
-    """What MLflow shows of a run besides its parameters."""
+    """What MLflow and RUN/tags.json show of a run besides its parameters."""
     from repa_scale.deepspeed_config import zero_stage
 
     terms = {} if config.method == "baseline" else config.alignment
@@ -183,6 +187,7 @@ def run_tags(config, ranks, identity: dict, dataset) -> dict[str, str]:
         "zero_stage": str(zero_stage(config)),
         "run_dir": str(Path(config.run.dir).absolute()),
         "command": " ".join(["repa-scale train", *sys.argv[1:]]),
+        "versions": _versions(),
         **({"sweep": os.environ[SWEEP_VARIABLE]} if SWEEP_VARIABLE in os.environ else {}),
     }
 
@@ -233,6 +238,19 @@ def _device_name(device) -> str:
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
+
+
+def _versions() -> str:
+    """Of the packages that decide what a step computes: `repa_scale 0.1.0, torch 2.13.0, ...`."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = [f"python {platform.python_version()}"]
+    for package in ("repa-scale", "torch", "deepspeed", "numpy", "timm", "diffusers", "mosaicml-streaming", "triton"):
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    return ", ".join(found)
 
 
 def _git_commit() -> str:

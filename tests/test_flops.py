@@ -43,6 +43,12 @@ def test_a_vit_is_counted_within_2_percent():
     assert encoder_flops("dinov2-vit-s", 256) == pytest.approx(real, rel=0.02)
 
 
+def test_a_convolutional_encoder_is_counted_within_2_percent():
+    encoder = build_encoder("effnet-lite0", "random", (8, 8), "cpu", torch.float32)
+    real = counted(encoder, torch.zeros(1, 3, 128, 128, dtype=torch.uint8))
+    assert encoder_flops("effnet-lite0", 64) == pytest.approx(real, rel=0.02)
+
+
 def test_a_faster_gpu_and_a_baseline_need_more_images():
     slow, fast = (most_images_per_second("SiT-XL/2", "dinov2-vit-b", 256, gpu) for gpu in ("A100", "H100"))
     assert 1 < slow < fast < most_images_per_second("SiT-XL/2", None, 256, "H100")
