@@ -76,11 +76,16 @@ def run(args: argparse.Namespace) -> int:
         gathered = Gathered(measured, ranks)
         made = {"data": _describe(pictures, gathered("ids"), known), "noise_seed": asked.seed, "batch": args.batch}
         found = sections(gathered, asked, sources, build_terms(trained.config), args.neighbours, made)
+        problem = ""
         if ranks.is_main:
             result = {"format": FORMAT, "checkpoint": trained.facts, **found}
             print_tables(result)
-            write(result, out, home)
-        ranks.barrier()
+            try:
+                write(result, out, home)
+            except UserError as error:
+                problem = str(error)
+        if text := ranks.broadcast_object(problem):
+            raise ConfigError(str(text))
     finally:
         ranks.leave()
     return ExitCode.COMPLETED
