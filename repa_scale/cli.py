@@ -30,6 +30,7 @@ VERBS = {
     "plan": Verb(
         "repa_scale.plan", "model, GPUs, batch -> memory, step time, days and cost, before a cluster is booked"
     ),
+    "serve": Verb("repa_scale.serving.server", "an exported model over HTTP"),
     "export": Verb("repa_scale.export", "a checkpoint -> safetensors"),
 }
 

@@ -62,7 +62,7 @@ class SiTPipeline(DiffusionPipeline):
         transformer: SiTTransformer2DModel,
         scheduler: SiTScheduler,
         vae: AutoencoderKL | AutoencoderTiny | None = None,
-        id2label: dict[int, str] | None = None,
+        id2label: dict[str, str] | None = None,
         latent_space: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class SiTPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | str | None | Sequence[int | str | None] = None,
+        class_labels: int | str | Sequence[int | str | None] | None = None,
         seed: int | Sequence[int] | None = None,
         steps: int | None = None,
         guidance: float | Sequence[float] | None = None,

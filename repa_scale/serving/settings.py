@@ -60,6 +60,4 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_whole(value: Any) -> bool:
-    if hasattr(value, "__index__") and not isinstance(value, bool):
-        return True
-    return False
+    return hasattr(value, "__index__") and not isinstance(value, bool)
