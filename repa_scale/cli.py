@@ -30,7 +30,9 @@ VERBS = {
     "plan": Verb(
         "repa_scale.plan", "model, GPUs, batch -> memory, step time, days and cost, before a cluster is booked"
     ),
-    "export": Verb("repa_scale.export", "a checkpoint -> safetensors"),
+    "export": Verb(
+        "repa_scale.export", "a checkpoint -> safetensors, diffusers, torch.export, ONNX, MLflow, the public layout"
+    ),
 }
 
 
