@@ -30,8 +30,10 @@ VERBS = {
     "plan": Verb(
         "repa_scale.plan", "model, GPUs, batch -> memory, step time, days and cost, before a cluster is booked"
     ),
-    "serve": Verb("repa_scale.serving.server", "an exported model over HTTP"),
-    "export": Verb("repa_scale.export", "a checkpoint -> safetensors"),
+    "export": Verb(
+        "repa_scale.export", "a checkpoint -> safetensors, diffusers, torch.export, ONNX, MLflow, the public layout"
+    ),
+    "serve": Verb("repa_scale.serving.server", "an exported model over HTTP: class, seed, steps, guidance -> PNG"),
 }
 
 
