@@ -14,7 +14,7 @@ from repa_scale.serving.pipeline import SiTPipeline
 from repa_scale.serving.scheduler import SiTScheduler
 from repa_scale.serving.transformer import SiTTransformer2DModel
 from repa_scale.sizes import backbone, latent_grid, latent_spec
-from repa_scale.trained import load_trained
+from repa_scale.trained import open_source
 
 
 def pipeline_of(source: str | Path, weights: str = "ema") -> SiTPipeline:
@@ -23,16 +23,16 @@ def pipeline_of(source: str | Path, weights: str = "ema") -> SiTPipeline:
     Raises:
         DataError: nothing of the kind lies there, or it is damaged.
     """
-    trained = load_trained(source, weights)
-    transformer = empty_transformer(trained.config)
-    transformer.load_state_dict(trained.build().state_dict(), assign=True)
-    latents = build_latents(trained.config, "cpu", torch.float32)
+    opened = open_source(source, weights)
+    transformer = empty_transformer(opened.config)
+    transformer.load_state_dict(opened.build().state_dict(), assign=True)
+    latents = build_latents(opened.config, "cpu", torch.float32)
     return SiTPipeline(
         transformer.eval().requires_grad_(False),
-        scheduler(trained.config),
+        scheduler(opened.config),
         latents.vae,
-        id2label({}),
-        latent_space(trained.config),
+        id2label(opened.class_names),
+        latent_space(opened.config),
     )
 
 

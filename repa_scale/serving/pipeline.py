@@ -139,7 +139,7 @@ class SiTPipeline(DiffusionPipeline):
         asked = class_labels if isinstance(class_labels, (list, tuple)) else [class_labels]
         others = [seed, guidance, generator, latents]
         count = len(asked) if len(asked) > 1 else max([len(v) for v in others if hasattr(v, "__len__")], default=1)
-        if count < 1:
+        if not asked or count < 1:
             raise UserError("class_labels, seed or latents is empty; ask for at least one image")
         numbers = spread("class_labels", [self.labels.number(each) for each in asked], count)
         scales = [
