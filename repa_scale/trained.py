@@ -19,7 +19,7 @@ from torch import Tensor
 from repa_scale.checkpoint import MANIFEST, CheckpointReader, list_checkpoints
 from repa_scale.config import Config, from_dict
 from repa_scale.errors import DataError
-from repa_scale.models import build_sit
+from repa_scale.models import build_sit, position_table_of
 from repa_scale.models.sit import SiT
 from repa_scale.models.weights import EXPORT_CONFIG, backbone_names, check_names, open_weights
 from repa_scale.sealed import read_sealed
@@ -155,7 +155,7 @@ def _from_checkpoint(folder: Path, weights: str) -> Source:
         "git_commit": reader.manifest.get("versions", {}).get("git_commit"),
         "mlflow_run_id": _mlflow_run(run),
     }
-    positions = build_sit(config).pos_embed
+    positions = position_table_of(config)
     shapes = {name.removeprefix("model."): reader.shape(name) for name in reader.names}
     shapes[POSITIONS] = tuple(positions.shape)
 
