@@ -253,7 +253,7 @@ def test_diffusers_own_dit_is_near_and_says_how_near(tmp_path):
     out = export(tiny_source(std=0.05), tmp_path / "out", "diffusers-dit")
     facts = json.loads((out / "manifest.json").read_text())["facts"]
     assert 1e-7 < facts["max_error"] < facts["bound"] == 5e-3
-    assert f"{facts['max_error']:.1e}" in (out / "README.md").read_text()
+    assert f"{facts['max_error']:.1e}" in (out / "model_card.md").read_text()
 
 
 def test_a_dit_that_cannot_hold_the_model_is_refused(tmp_path):

@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,11 @@ def main(argv: list[str]) -> int:
     options = Options(args.dtype, args.vae, args.projectors)
     with new_folder(Path(args.out)) as folder:
         source = open_source(args.source, args.weights)
+        if args.class_names:
+            from repa_scale.serving.labels import read_class_names
+
+            names = read_class_names(Path(args.class_names), source.config.model.num_classes)
+            source = replace(source, class_names=tuple(names))
         made = FORMS[args.to].write(source, folder, options)
         seal(folder, args.to, source, options, made)
     out = Path(args.out)
@@ -145,4 +150,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="default: fp32")
     parser.add_argument("--vae", default="", metavar="ID", help="VAE, a hub id or a folder (default: the run's)")
     parser.add_argument("--projectors", action="store_true", help="with the projectors of the alignment terms")
+    parser.add_argument(
+        "--class-names", metavar="FILE", help="names of the classes, one a line or JSON (default: the data set's)"
+    )
     return parser.parse_args(argv)

@@ -10,11 +10,20 @@ from typing import Any
 from repa_scale import torchvision_fix
 from repa_scale.errors import UserError, require
 from repa_scale.export import HASHES, Options
+from repa_scale.export.card import CARD, model_card
 from repa_scale.export.safetensors import write_weights
 from repa_scale.latents import build_latents
 from repa_scale.sizes import latent_spec
 from repa_scale.trained import Source
 
+USE = """
+```python
+from repa_scale.serving import SiTPipeline  # pip install 'repa-scale[serve]'
+pipe = SiTPipeline.from_pretrained("THIS FOLDER")
+pipe(class_labels=[1, 2], seed=[1, 2]).images[0].save("image.png")
+```
+or `repa-scale serve THIS_FOLDER --port 8000` for a server. The images are those of `repa-scale sample`, bit for bit.
+"""
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name for them
 
 
@@ -45,6 +54,7 @@ def write(source: Source, folder: Path, options: Options) -> dict[str, Any]:
     hashes = write_weights(source, folder / "transformer", options, named=WEIGHTS)
     if vae is not None:
         vae.to(options.torch_dtype).save_pretrained(folder / "vae")
+    (folder / CARD).write_text(model_card(source, options, USE))
     return {
         HASHES: {f"transformer/{file}": digest for file, digest in hashes.items()},
         "vae": (options.vae or source.config.latents.name) if vae is not None else None,

@@ -1,7 +1,7 @@
 """The form `diffusers-dit`: the weights in diffusers' own DiTTransformer2DModel, which is near the model, not equal.
 
 Its time embedding divides the exponents of its frequencies by 127 instead of 128, and no weights can undo that: the
-deviation is measured at export, and stands in the manifest and in README.md beside the weights.
+deviation is measured at export, and stands in the manifest and in model_card.md beside the weights.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from repa_scale import rng, torchvision_fix
 from repa_scale.errors import UserError, require
 from repa_scale.export import HASHES, Options
+from repa_scale.export.card import CARD, model_card
 from repa_scale.sizes import backbone, latent_grid
 from repa_scale.tensor_file import write_tensors
 from repa_scale.trained import Source
@@ -26,7 +27,7 @@ TIMES = (0.05, 0.25, 0.5, 0.75, 0.95, 1.0)  # at which it is measured
 
 
 def write(source: Source, folder: Path, options: Options) -> dict[str, Any]:
-    """Fills `folder` with transformer/ and README.md.
+    """Fills `folder` with transformer/ and model_card.md.
 
     Raises:
         UserError: this model is none that a DiT can hold, or the deviation is over the bound.
@@ -70,7 +71,7 @@ def write(source: Source, folder: Path, options: Options) -> dict[str, Any]:
     error = deviation(source, target)
     if not error <= BOUND:
         raise UserError(f"--to diffusers-dit: its velocity is off by {error:.1e}, over {BOUND:.0e}; use --to diffusers")
-    (folder / "README.md").write_text(_card(error, config.model.name, config.interpolant.path))
+    (folder / CARD).write_text(model_card(source, options, _use(error, config.interpolant.path)))
     return {HASHES: {f"transformer/{WEIGHTS}": digest}, "max_error": error, "bound": BOUND, "error_is": "relative"}
 
 
@@ -122,13 +123,13 @@ def _part(name: str, width: int) -> tuple[str, int]:
     }.get(inner, name), 0
 
 
-def _card(error: float, name: str, path: str) -> str:
-    return f"""# {name} as diffusers' DiTTransformer2DModel
-
+def _use(error: float, path: str) -> str:
+    return f"""
 **Not exact.** The time embedding of diffusers' DiT has slightly other frequencies than the one that this model was
 trained with. On this model a velocity deviates by up to **{error:.1e}** of its norm (measured at export at times from
 {min(TIMES)} to {max(TIMES)}). `repa-scale export --to diffusers` gives an exact pipeline.
 
-`timestep` is the time itself, from 0 (data) to 1 (noise), not a step of 1000; the output is the velocity of the
-{path} path from data to noise. diffusers' `DiTPipeline` expects another parameterisation and does not sample from it.
+`DiTTransformer2DModel.from_pretrained(FOLDER, subfolder="transformer")` loads it. `timestep` is the time itself, from 0
+(data) to 1 (noise), not a step of 1000; the output is the velocity of the {path} path from data to noise. diffusers'
+`DiTPipeline` expects another parameterisation and does not sample from it.
 """

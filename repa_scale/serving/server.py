@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from repa_scale.errors import DataError, ExitCode, UserError, require
+from repa_scale.errors import DataError, ExitCode, UserError, reason, require
+from repa_scale.sealed import MANIFEST, read_sealed
 from repa_scale.serving.asked import Defaults, Limits
 from repa_scale.serving.batcher import Wish
 
@@ -135,12 +136,11 @@ def open_pipeline(folder: str | Path, device: str = "auto", dtype: str = "fp32")
     folder = Path(folder)
     if not (folder / "model_index.json").is_file():
         return pipeline_of(folder).to(device, kind)
-    _verify(folder)
+    if (folder / MANIFEST).is_file():  # diffusers' own save_pretrained writes none
+        read_sealed(folder)
     try:
         pipe = SiTPipeline.from_pretrained(str(folder), torch_dtype=kind, local_files_only=True)
     except Exception as error:  # diffusers and safetensors raise many kinds
-        from repa_scale.errors import reason
-
         raise DataError(f"{folder} cannot be loaded: {reason(error)}; export the run again") from None
     return pipe.to(device)
 
@@ -171,10 +171,6 @@ def _service(args: argparse.Namespace, pipe: SiTPipeline, draw: Drawing, token: 
         timeout=args.timeout,
         token=token,
     )
-
-
-def _verify(folder: Path) -> None:
-    """Checks the files' hashes, where the folder has a manifest (diffusers' own `save_pretrained` writes none)."""
 
 
 def _token(file: str | None) -> str:
