@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,7 @@ class OriginalSiT(nn.Module):
         """Euler steps from t = 0 to 1, guided."""
         x, nulls = noise.double(), torch.full_like(labels, NANO["num_classes"])
         times = torch.linspace(0, 1, steps + 1, dtype=torch.float64).tolist()
-        for now, then in zip(times[:-1], times[1:], strict=True):
+        for now, then in pairwise(times):
             t = torch.full((len(x),), now)
             with_label, without = (self(x.float(), t, which).double() for which in (labels, nulls))
             x = x + (then - now) * (without + guidance * (with_label - without))
