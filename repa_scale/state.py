@@ -51,14 +51,14 @@ def check_initial(config: Config) -> None:
         with torch.device("meta"):
             wanted = {name: tuple(value.shape) for name, value in build_sit(config).state_dict().items()}
         have = public_shapes(config.train.init_from)
-        table, wanted_table = have.get(LABELS, ()), wanted[LABELS]
-        if len(table) == 2 and table != wanted_table and table[1] == wanted_table[1]:
+        table, ours = have.get(LABELS, ()), wanted[LABELS]
+        anew = len(table) == 2 and table != ours and table[1] == ours[1]
+        check_names(have | {LABELS: ours} if anew else have, wanted, config.train.init_from)
+        if anew:
             log.info(
                 "train.init_from=%s has %d classes, the data %d: the label table begins anew, all else is taken over",
-                config.train.init_from, table[0] - 1, wanted_table[0] - 1,
+                config.train.init_from, table[0] - 1, ours[0] - 1,
             )  # fmt: skip
-            have[LABELS] = wanted_table
-        check_names(have, wanted, config.train.init_from)
 
 
 def describe_state(engine: Engine, ranks: Ranks, step: int, config: Config, identity: dict, judge: dict) -> dict:
