@@ -1,4 +1,4 @@
-"""`repa-scale serve` as a real process, asked over HTTP: batches, limits, bad input, stops, and the page in a browser."""
+"""`repa-scale serve` as a real process, asked over HTTP: batches, limits, bad input, stops, the page in a browser."""
 
 import base64
 import io
