@@ -18,12 +18,12 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from repa_scale.checksums import ALGORITHMS, BLOCK, algorithm_of, checksum_bytes, checksum_file, default_algorithm
 from repa_scale.errors import DataError
 from repa_scale.files import sync_folder, write_atomically
+from repa_scale.tensor_file import TensorFile, header
 
 FORMAT_VERSION = 2  # 1 had no checksum of the manifest itself
 KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
@@ -62,17 +62,11 @@ def write_pieces(folder: Path, rank: int, world_size: int, pieces: Sequence[Piec
     """
     path = folder / rank_file(rank, world_size)
     tensors = {f"{kind}/{p.name}": value for p in pieces if p.stop > p.start for kind, value in p.tensors.items()}
-    header, offset = {}, 0
-    for name, value in tensors.items():
-        size = 4 * value.numel()
-        header[name] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    head = header({name: tuple(value.shape) for name, value in tensors.items()}, torch.float32)
     algorithm = default_algorithm()
     digest = ALGORITHMS[algorithm]()
     with path.open("wb", buffering=0) as file:
-        for data in (len(text).to_bytes(8, "little"), text, *map(_bytes_of, tensors.values())):
+        for data in (head, *map(_bytes_of, tensors.values())):
             view = memoryview(data)
             for start in range(0, len(view), BLOCK):
                 block = view[start : start + BLOCK]
@@ -82,7 +76,7 @@ def write_pieces(folder: Path, rank: int, world_size: int, pieces: Sequence[Piec
         os.fsync(file.fileno())
     return {
         "file": path.name,
-        "bytes": 8 + len(text) + offset,
+        "bytes": len(head) + sum(4 * value.numel() for value in tensors.values()),
         "checksum": f"{algorithm}:{digest.hexdigest()}",
         "pieces": [(p.name, list(p.shape), p.start, p.stop) for p in pieces],
     }
@@ -238,8 +232,11 @@ class CheckpointReader:
             begin, end = max(start, part["start"]), min(stop, part["stop"])
             if begin >= end:
                 continue
-            source = self._file(part["file"]).get_slice(f"{kind}/{name}")
-            out[begin - start : end - start] = source[begin - part["start"] : end - part["start"]]
+            source = self._file(part["file"])
+            if f"{kind}/{name}" not in source.shapes:
+                raise DataError(f"{source.path} lacks {kind}/{name}; use an older checkpoint")
+            piece = source.read(f"{kind}/{name}", begin - part["start"], end - part["start"])
+            out[begin - start : end - start] = piece
             filled += end - begin
         if filled != stop - start:
             raise DataError(f"{self.folder}: {kind}/{name} is not whole in this checkpoint; use an older one")
@@ -250,15 +247,12 @@ class CheckpointReader:
         return self.read(kind, name).view(self.shape(name))
 
     @cached_property
-    def _open_files(self) -> dict:
+    def _open_files(self) -> dict[str, TensorFile]:
         return {}
 
-    def _file(self, name: str):
+    def _file(self, name: str) -> TensorFile:
         if name not in self._open_files:
-            try:
-                self._open_files[name] = safe_open(self.folder / name, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise DataError(f"{self.folder / name} cannot be read ({error}); use an older checkpoint") from None
+            self._open_files[name] = TensorFile(self.folder / name)
         return self._open_files[name]
 
 

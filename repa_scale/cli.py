@@ -32,7 +32,11 @@ VERBS = {
     "plan": Verb(
         "repa_scale.plan", "model, GPUs, batch -> memory, step time, days and cost, before a cluster is booked"
     ),
-    "export": Verb("repa_scale.export", "a checkpoint -> safetensors"),
+    "export": Verb(
+        "repa_scale.export", "a checkpoint -> safetensors, diffusers, torch.export, ONNX, MLflow, the public layout"
+    ),
+    "import": Verb("repa_scale.import_weights", "a public REPA or SiT checkpoint -> initial weights"),
+    "serve": Verb("repa_scale.serving.server", "an exported model over HTTP: class, seed, steps, guidance -> PNG"),
 }
 
 

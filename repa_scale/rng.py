@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -22,18 +23,38 @@ LANES = 4  # 32-bit words that one counter gives
 CHUNK = 1 << 20  # counters a call of `*_range`, so that a large slice does not need ten times its memory
 
 
+Key = tuple[int, int] | tuple[Tensor, Tensor]
+
+
 def normal(
     seed: int, purpose: str, step: int, index: Tensor, shape: tuple[int, ...], *, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Standard normal numbers. index: (N,) int64 global sample indices -> (N, *shape) `dtype`."""
-    return _to_normal(_sample_words(seed, purpose, step, index, shape)).to(dtype).view(len(index), *shape)
+    return _to_normal(_sample_words(_key(seed, purpose), step, index, shape)).to(dtype).view(len(index), *shape)
+
+
+def normal_of_seeds(
+    seeds: Sequence[int],
+    purpose: str,
+    step: int,
+    shape: tuple[int, ...],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Sample number 0 of each seed: row i is `normal(seeds[i], purpose, step, [0], shape)`. -> (N, *shape) `dtype`."""
+    keys = torch.tensor([_key(seed, purpose) for seed in seeds], device=device).view(-1, 2, 1)
+    words = _sample_words(
+        (keys[:, 0], keys[:, 1]), step, torch.zeros(len(seeds), dtype=torch.int64, device=device), shape
+    )
+    return _to_normal(words).to(dtype).view(len(seeds), *shape)
 
 
 def uniform(
     seed: int, purpose: str, step: int, index: Tensor, shape: tuple[int, ...], *, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Uniform numbers, never 0 and never 1. index: (N,) int64 global sample indices -> (N, *shape) `dtype`."""
-    return _to_uniform(_sample_words(seed, purpose, step, index, shape)).to(dtype).view(len(index), *shape)
+    return _to_uniform(_sample_words(_key(seed, purpose), step, index, shape)).to(dtype).view(len(index), *shape)
 
 
 def bernoulli(p: float, seed: int, purpose: str, step: int, index: Tensor) -> Tensor:
@@ -73,14 +94,12 @@ def fingerprint(ids: Tensor) -> int:
     return int(hash64(ids).sum()) % 2**64
 
 
-def philox(
-    c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, key: tuple[int, int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, key: Key) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10: four random 32-bit words for every 128-bit counter.
 
     Args:
         c0, c1, c2, c3: int64 tensors that hold 32-bit words and broadcast against each other.
-        key: two 32-bit words.
+        key: two 32-bit words; or int64 tensors of them, which broadcast like the counters.
     """
     k0, k1 = key
     for _ in range(ROUNDS):
@@ -91,7 +110,7 @@ def philox(
     return c0, c1, c2, c3
 
 
-def _sample_words(seed: int, purpose: str, step: int, index: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, int]:
+def _sample_words(key: Key, step: int, index: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, int]:
     """32-bit words of each sample, (N, LANES, blocks), and how many elements of it are wanted.
 
     The counter is (block of elements, low and high word of the index, step): no two elements share one.
@@ -100,7 +119,7 @@ def _sample_words(seed: int, purpose: str, step: int, index: Tensor, shape: tupl
     blocks = torch.arange(-(-count // LANES), device=index.device)[None]
     index = index[:, None]
     step_word = torch.full_like(index, step & MASK)
-    words = philox(blocks, index & MASK, (index >> 32) & MASK, step_word, _key(seed, purpose))
+    words = philox(blocks, index & MASK, (index >> 32) & MASK, step_word, key)
     return torch.stack(words, dim=1), count
 
 

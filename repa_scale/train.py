@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import platform
-import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -168,6 +167,7 @@ def run_identity(config, data_fingerprint: str) -> dict:
 def run_tags(config, ranks, identity: dict, dataset) -> dict[str, str]:
     """What MLflow and RUN/tags.json show of a run besides its parameters."""
     from repa_scale.deepspeed_config import zero_stage
+    from repa_scale.provenance import git_commit
 
     terms = {} if config.method == "baseline" else config.alignment
     return {
@@ -179,7 +179,7 @@ def run_tags(config, ranks, identity: dict, dataset) -> dict[str, str]:
         "pair_id": identity["pair_id"],
         "identity_hash": identity["identity_hash"],
         "data_fingerprint": dataset.fingerprint,
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "world_size": str(ranks.world_size),
         "device": _device_name(ranks.device),
         "precision": config.train.precision,
@@ -251,15 +251,6 @@ def _versions() -> str:
         except PackageNotFoundError:
             continue
     return ", ".join(found)
-
-
-def _git_commit() -> str:
-    """The commit of the working folder's repository; `none` outside one."""
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
-    except (OSError, subprocess.TimeoutExpired):
-        return "none"
-    return done.stdout.strip() or "none"
 
 
 def _log_to_console() -> None:

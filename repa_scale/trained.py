@@ -1,9 +1,15 @@
-"""A trained backbone from a run, one of its checkpoints or an export, without DeepSpeed or the trainer."""
+"""A trained backbone from a run, one of its checkpoints or an export, without DeepSpeed or the trainer.
+
+`Source` gives the weights piece by piece, so that copying needs little memory; `load_trained` gives them all at once.
+"""
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +20,75 @@ from repa_scale.checkpoint import MANIFEST, CheckpointReader, list_checkpoints
 from repa_scale.checksums import checksum_file
 from repa_scale.config import Config, from_dict
 from repa_scale.errors import DataError
-from repa_scale.models import build_sit
+from repa_scale.models import build_sit, position_table_of
 from repa_scale.models.sit import SiT
-from repa_scale.models.weights import EXPORT_FILE, check_names, load_public
+from repa_scale.models.weights import EXPORT_CONFIG, backbone_names, check_names, open_weights
+from repa_scale.sealed import form_of, read_sealed
+from repa_scale.tensor_file import Read
 
-EXPORT_CONFIG = "config.json"
 KINDS = {"ema": "ema", "raw": "master"}  # what a user calls the weights -> what the checkpoint calls them
+POSITIONS = "pos_embed"  # computed, not trained, so checkpoints leave it out
+FACTS = ("step", "samples", "identity_hash", "pair_id")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Weights under public names that are read piece by piece, and what is needed to use them.
+
+    Attributes:
+        shapes: of the backbone with its position table, and of the projectors (`projectors.*`) where the source has
+            them.
+        read: elements [start, stop) of a flattened tensor, (stop - start,) float32.
+        config: of the run, without paths of its machine.
+        facts: step, samples, identity_hash, pair_id, weights (`ema` or `raw`), data_fingerprint, git_commit,
+            mlflow_run_id, and a checksum that stands for the weights' values (`checkpoint`): plain JSON; what is not
+            known is None.
+        origin: the folder that was read.
+        run: the run folder that the checkpoint lies in; None: an export, or a checkpoint alone.
+        class_names: in the order of the labels; empty: not known.
+        live: the raw weights beside the EMA; None: not there.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    read: Read
+    config: Config
+    facts: dict[str, Any]
+    origin: Path
+    run: Path | None = None
+    class_names: tuple[str, ...] = ()
+    live: Source | None = None
+
+    def names(self, projectors: bool = False) -> list[str]:
+        """The backbone's names, and behind them the projectors' if they are asked for."""
+        backbone = backbone_names(self.shapes)
+        return backbone + [name for name in self.shapes if name not in set(backbone)] if projectors else backbone
+
+    def tensor(self, name: str) -> Tensor:
+        """A whole tensor in its shape, float32."""
+        shape = self.shapes[name]
+        return self.read(name, 0, math.prod(shape)).view(shape)
+
+    def build(self, device: torch.device | str = "cpu") -> SiT:
+        """The backbone with its weights, for inference; it is filled one tensor at a time."""
+        with torch.device("meta"):
+            model = build_sit(self.config)
+        wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        check_names({name: self.shapes[name] for name in self.names()}, wanted, str(self.origin))
+        model.to_empty(device=device)
+        with torch.no_grad():
+            for name, tensor in model.state_dict().items():
+                tensor.copy_(self.tensor(name))
+        return model.eval().requires_grad_(False)
 
 
 @dataclass(frozen=True)
 class Trained:
-    """Weights and what is needed to use them.
+    """All weights in memory, and what is needed to use them.
 
     Attributes:
-        weights: the backbone under public names, with the position table; float32, or as exported.
+        weights: the backbone under public names, with the position table; float32.
         config: of the run.
-        facts: step, samples, identity_hash, pair_id, weights (`ema` or `raw`), where they came from (`source`) and a
-            checksum that stands for their values (`checkpoint`).
+        facts: those of `Source`, and `source`, the folder that was read.
     """
 
     weights: dict[str, Tensor]
@@ -42,12 +100,19 @@ class Trained:
         model = build_sit(self.config)
         want = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         check_names({name: tuple(t.shape) for name, t in self.weights.items()}, want, str(self.facts["source"]))
-        model.load_state_dict({name: tensor.float() for name, tensor in self.weights.items()})
+        model.load_state_dict(self.weights)
         return model.eval().requires_grad_(False).to(device)
 
 
 def load_trained(source: str | Path, weights: str = "ema") -> Trained:
-    """Reads a run folder (its newest whole checkpoint), a checkpoint folder, or a folder made by `repa-scale export`.
+    """All of what `open_source` gives."""
+    opened = open_source(source, weights)
+    tensors = {name: opened.tensor(name) for name in opened.names()}
+    return Trained(tensors, opened.config, {**opened.facts, "source": str(opened.origin)})
+
+
+def open_source(source: str | Path, weights: str = "ema") -> Source:
+    """Verifies a run folder (its newest whole checkpoint), a checkpoint folder, or a folder of `repa-scale export`.
 
     Args:
         weights: `ema`, or `raw` for the weights as the optimiser left them.
@@ -56,9 +121,13 @@ def load_trained(source: str | Path, weights: str = "ema") -> Trained:
         DataError: nothing of the kind lies there, or it is damaged.
     """
     source = Path(source)
-    if (source / EXPORT_CONFIG).is_file():
+    if source.is_file():
+        raise DataError(
+            f"{source} is a file; give a run folder, or make a folder of it with: repa-scale import {source}"
+        )
+    if (source / EXPORT_CONFIG).is_file() or form_of(source):
         return _from_export(source, weights)
-    if (source / MANIFEST).is_file():
+    if (source / MANIFEST).is_file() or any(source.glob("rank_*_of_*.safetensors")):
         return _from_checkpoint(source, weights)
     problems = []
     for checkpoint in reversed(list_checkpoints(source / "checkpoints")):
@@ -76,30 +145,78 @@ def load_trained(source: str | Path, weights: str = "ema") -> Trained:
     )
 
 
-def _from_checkpoint(folder: Path, weights: str) -> Trained:
+def _from_checkpoint(folder: Path, weights: str) -> Source:
     reader = CheckpointReader(folder)
     reader.verify()
-    config = from_dict(reader.manifest["config"])
-    tensors = {
-        name.removeprefix("model."): reader.tensor(KINDS[weights], name)
-        for name in reader.names
-        if name.startswith("model.")
+    try:
+        config = from_dict(reader.manifest["config"])
+        facts = {key: reader.manifest[key] for key in FACTS}
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{folder / MANIFEST} lacks {error}; it was made by another version of repa_scale") from None
+    run = folder.parent.parent if folder.parent.name == "checkpoints" else None
+    facts |= {
+        "checkpoint": reader.manifest.get("checksum") or checksum_file(folder / MANIFEST, "sha256"),  # 1 had no seal
+        "data_fingerprint": reader.manifest.get("identity", {}).get("data.fingerprint"),
+        "git_commit": reader.manifest.get("versions", {}).get("git_commit"),
+        "mlflow_run_id": _mlflow_run(run),
     }
-    # The position table is computed, not trained, so checkpoints leave it out.
-    tensors["pos_embed"] = build_sit(config).pos_embed
-    facts = {key: reader.manifest[key] for key in ("step", "samples", "identity_hash", "pair_id")}
-    sealed = reader.manifest.get("checksum") or checksum_file(folder / MANIFEST, "sha256")  # version 1 had no seal
-    return Trained(tensors, config, {**facts, "weights": weights, "source": str(folder), "checkpoint": sealed})
+    positions = position_table_of(config)
+    shapes = {name.removeprefix("model."): reader.shape(name) for name in reader.names}
+    shapes[POSITIONS] = tuple(positions.shape)
+
+    def read(kind: str, name: str, start: int, stop: int) -> Tensor:
+        if name == POSITIONS:
+            return positions.flatten()[start:stop].clone()
+        return reader.read(KINDS[kind], name if name.startswith("projectors.") else f"model.{name}", start, stop)
+
+    def of(kind: str, live: Source | None) -> Source:
+        described = {**facts, "weights": kind}
+        return Source(shapes, partial(read, kind), config, described, folder, run, _class_names(run), live)
+
+    return of(weights, of("raw", None) if weights == "ema" else None)
 
 
-def _from_export(folder: Path, weights: str) -> Trained:
+def _from_export(folder: Path, weights: str) -> Source:
+    sealed = read_sealed(folder)
+    form = sealed.get("form")
+    if form != "safetensors":
+        raise DataError(f"{folder} holds the form {form}; export the run with --to safetensors, and give that folder")
     try:
         described = json.loads((folder / EXPORT_CONFIG).read_text())
-        config, facts = from_dict(described["config"]), described["trained"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        config = from_dict(described["config"])
+        facts = {**described["trained"], "checkpoint": f"sha256:{sealed['sha256']}"}
+        names = tuple(map(str, described.get("class_names") or ()))
+        kind = facts["weights"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{folder / EXPORT_CONFIG} is damaged ({error}); export the run again") from None
-    if facts["weights"] != weights:
-        raise DataError(f"{folder} holds the {facts['weights']} weights, not the {weights} ones; export those")
-    file = folder / EXPORT_FILE
-    weights_of = load_public(file)
-    return Trained(weights_of, config, {**facts, "source": str(folder), "checkpoint": checksum_file(file, "sha256")})
+    if kind != weights:
+        raise DataError(f"{folder} holds the {kind} weights, not the {weights} ones; export those")
+    shapes, read = open_weights(folder)
+    return Source(shapes, lambda name, start, stop: read(name, start, stop).float(), config, facts, folder, None, names)
+
+
+def _mlflow_run(run: Path | None) -> str | None:
+    """The id of the MLflow run that RUN/mlflow.json names."""
+    return _told(run, lambda folder: str(json.loads((folder / "mlflow.json").read_text())["run_id"]))
+
+
+def _class_names(run: Path | None) -> tuple[str, ...]:
+    """Those of the data set that RUN/config.yaml names, if it is still there."""
+
+    def names(folder: Path) -> tuple[str, ...]:
+        import yaml
+
+        from repa_scale.data.manifest import read_manifest
+
+        told = yaml.safe_load((folder / "config.yaml").read_text())
+        return tuple(read_manifest(Path(told["data"]["path"]))["class_names"])
+
+    return _told(run, names) or ()
+
+
+def _told(run: Path | None, ask: Callable[[Path], Any]) -> Any:
+    """What a file of the run folder says; None: there is no such file, or it does not say."""
+    try:
+        return None if run is None else ask(run)
+    except (OSError, ValueError, KeyError, TypeError, DataError):
+        return None

@@ -1,5 +1,6 @@
 """The image's recipe: pinned, not root, and what it copies is enough to install from."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -7,11 +8,18 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LINES = re.sub(r"\\\n\s*", "", (ROOT / "launchers" / "docker" / "Dockerfile").read_text()).splitlines()
 
 
-def arguments(instruction):
-    return [line.split(maxsplit=1)[1] for line in LINES if line.startswith(f"{instruction} ")]
+def read(name):
+    return re.sub(r"\\\n\s*", "", (ROOT / "launchers" / "docker" / name).read_text()).splitlines()
+
+
+LINES = read("Dockerfile")
+SERVE = read("Dockerfile.serve")
+
+
+def arguments(instruction, lines=LINES):
+    return [line.split(maxsplit=1)[1] for line in lines if line.startswith(f"{instruction} ")]
 
 
 def test_the_base_is_pinned_and_its_cuda_is_that_of_the_wheels():
@@ -51,3 +59,23 @@ def test_what_it_copies_is_there_and_enough_to_install(tmp_path):
     for file in ("configs/ds_config.json", "configs/experiment/repa_sit_xl.yaml", "kernels/cosine.py", "doctor/node.py",
                  "launchers/docker/Dockerfile", "launchers/slurm/train.sbatch"):  # fmt: skip
         assert (tmp_path / "to" / "repa_scale" / file).is_file(), file
+
+
+def test_the_image_for_serving_is_the_same_but_for_training():
+    for instruction in ("ARG", "FROM", "COPY", "USER"):
+        assert arguments(instruction, SERVE) == arguments(instruction), instruction
+    installs = [part for run in arguments("RUN", SERVE) for part in run.split("&&") if "pip install" in part]
+    assert len(installs) == 3 and all("-c constraints.txt" in part for part in installs)
+    assert installs[-1].strip().endswith("'.[serve]'")
+    last = max(number for number, line in enumerate(SERVE) if line.startswith("USER "))
+    assert not any(line.startswith(("RUN", "COPY", "ADD")) for line in SERVE[last:])
+
+
+def test_the_image_for_serving_starts_with_words_that_the_verb_has():
+    """The container's command, with a folder that is not there: a line, not a complaint about its options."""
+    entry, command = (json.loads(arguments(each, SERVE)[-1]) for each in ("ENTRYPOINT", "CMD"))
+    assert entry[0] == "repa-scale"
+    words = [*entry[1:], *command]
+    words[words.index("--port") + 1] = "0"
+    done = subprocess.run([sys.executable, "-m", "repa_scale", *words], capture_output=True, text=True)
+    assert done.returncode == 64 and "/model is not" in done.stderr, done.stderr

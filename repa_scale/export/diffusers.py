@@ -1,0 +1,78 @@
+"""The form `diffusers`: our own pipeline in diffusers' layout, with the VAE beside it; exact to our samplers."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from repa_scale import torchvision_fix
+from repa_scale.errors import UserError, require
+from repa_scale.export import HASHES, Options
+from repa_scale.export.card import CARD, model_card
+from repa_scale.export.safetensors import write_weights
+from repa_scale.latents import build_latents
+from repa_scale.sizes import latent_spec
+from repa_scale.trained import Source
+
+USE = """
+```python
+from repa_scale.serving import SiTPipeline  # pip install 'repa-scale[serve]'
+pipe = SiTPipeline.from_pretrained("THIS FOLDER")
+pipe(class_labels=[1, 2], seed=[1, 2]).images[0].save("image.png")
+```
+or `repa-scale serve THIS_FOLDER --port 8000` for a server. The images are those of `repa-scale sample`, bit for bit.
+"""
+WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name for them
+
+
+def write(source: Source, folder: Path, options: Options) -> dict[str, Any]:
+    """Fills `folder` with model_index.json, transformer/, scheduler/ and, for latents, vae/.
+
+    The transformer's weights go from file to file, a piece at a time.
+
+    Raises:
+        UserError: diffusers is missing, or the VAE cannot be had.
+    """
+    torchvision_fix.ensure()
+    require("diffusers", "export")
+    from repa_scale.serving import SiTPipeline
+    from repa_scale.serving.build import empty_transformer, id2label, latent_space, scheduler
+
+    vae = vae_of(source, options)
+    pipe = SiTPipeline(
+        empty_transformer(source.config),
+        scheduler(source.config),
+        vae,
+        id2label(source.class_names),
+        latent_space(source.config),
+    )
+    pipe.save_config(folder)
+    pipe.scheduler.save_pretrained(folder / "scheduler")
+    pipe.transformer.save_config(folder / "transformer")
+    hashes = write_weights(source, folder / "transformer", options, named=WEIGHTS)
+    if vae is not None:
+        vae.to(options.torch_dtype).save_pretrained(folder / "vae")
+    (folder / CARD).write_text(model_card(source, options, USE))
+    return {
+        HASHES: {f"transformer/{file}": digest for file, digest in hashes.items()},
+        "vae": (options.vae or source.config.latents.name) if vae is not None else None,
+        "class_names": len(source.class_names),
+    }
+
+
+def vae_of(source: Source, options: Options) -> Any:
+    """The VAE that decodes the run's latents, float32; None in pixel space.
+
+    Raises:
+        UserError: a VAE is given for a model of pixels, or it cannot be had.
+    """
+    config = copy.deepcopy(source.config)
+    if options.vae:
+        if latent_spec(config.latents.name).kind == "identity":
+            raise UserError(f"--vae {options.vae}: this model makes pixels, which need no VAE; leave the option out")
+        config.latents = replace(config.latents, weights=options.vae)
+    import torch
+
+    return build_latents(config, "cpu", torch.float32).vae
