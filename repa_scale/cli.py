@@ -33,6 +33,7 @@ VERBS = {
     "export": Verb(
         "repa_scale.export", "a checkpoint -> safetensors, diffusers, torch.export, ONNX, MLflow, the public layout"
     ),
+    "import": Verb("repa_scale.import_weights", "a public REPA or SiT checkpoint -> initial weights"),
 }
 
 

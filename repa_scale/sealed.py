@@ -59,6 +59,14 @@ def read_sealed(folder: Path, contents: bool = True) -> dict[str, Any]:
     return manifest
 
 
+def form_of(folder: Path) -> str | None:
+    """The form that a folder's manifest names, unverified; None: it is no export's."""
+    try:
+        return json.loads((folder / MANIFEST).read_bytes())["form"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
 def _check(folder: Path, name: str, entry: Mapping[str, Any], contents: bool) -> None:
     parts = Path(name).parts
     file = folder / name

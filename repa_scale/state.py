@@ -18,9 +18,11 @@ from repa_scale.engine import MOMENTS, Engine
 from repa_scale.errors import DataError, UserError
 from repa_scale.models import build_sit
 from repa_scale.models.initial import initial_values
-from repa_scale.models.weights import check_names, load_public, public_shapes
+from repa_scale.models.weights import check_names, open_weights, public_shapes, verify_weights
+from repa_scale.provenance import git_commit
 from repa_scale.ranks import Ranks
 
+LABELS = "y_embedder.embedding_table.weight"
 NOT_PORTABLE = ("run", "tracking", "deepspeed", "checkpoint", "health")
 
 log = logging.getLogger("repa_scale")
@@ -28,13 +30,13 @@ log = logging.getLogger("repa_scale")
 
 def set_initial(engine: Engine, ema: ShardEma, config: Config) -> None:
     """Initial weights: from the counter-based generator, or the backbone from public weights (`train.init_from`)."""
-    public: dict[str, Tensor] = {}
-    if config.train.init_from:
-        public = {f"model.{name}": value for name, value in load_public(config.train.init_from).items()}
+    shapes, read = open_weights(config.train.init_from) if config.train.init_from else ({}, None)
 
     def source(name: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
-        if name in public:
-            return public[name].flatten()[start:stop].float()
+        public = name.removeprefix("model.")
+        # A label table of other classes begins anew, and so do the projectors.
+        if read is not None and name.startswith("model.") and shapes.get(public) == shape:
+            return read(public, start, stop).float()
         return initial_values(name, shape, start, stop, config.seed)
 
     engine.restart()
@@ -45,9 +47,18 @@ def set_initial(engine: Engine, ema: ShardEma, config: Config) -> None:
 def check_initial(config: Config) -> None:
     """Compares the file of `train.init_from` with the model, by names and shapes, before anything is built."""
     if config.train.init_from:
+        verify_weights(config.train.init_from)
         with torch.device("meta"):
             wanted = {name: tuple(value.shape) for name, value in build_sit(config).state_dict().items()}
-        check_names(public_shapes(config.train.init_from), wanted, config.train.init_from)
+        have = public_shapes(config.train.init_from)
+        table, wanted_table = have.get(LABELS, ()), wanted[LABELS]
+        if len(table) == 2 and table != wanted_table and table[1] == wanted_table[1]:
+            log.info(
+                "train.init_from=%s has %d classes, the data %d: the label table begins anew, all else is taken over",
+                config.train.init_from, table[0] - 1, wanted_table[0] - 1,
+            )  # fmt: skip
+            have[LABELS] = wanted_table
+        check_names(have, wanted, config.train.init_from)
 
 
 def describe_state(engine: Engine, ranks: Ranks, step: int, config: Config, identity: dict, judge: dict) -> dict:
@@ -65,7 +76,12 @@ def describe_state(engine: Engine, ranks: Ranks, step: int, config: Config, iden
         "config": _portable(config),
         "world_size": ranks.world_size,
         "zero_stage": engine.stage,
-        "versions": {"repa_scale": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": {
+            "repa_scale": __version__,
+            "git_commit": git_commit(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
         "scalars": {**engine.scalars(), "judge": judge},
     }
 

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import platform
-import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -160,6 +159,7 @@ def run_identity(config, data_fingerprint: str) -> dict:
 def run_tags(config, ranks, identity: dict, dataset) -> dict[str, str]:
     """What MLflow shows of a run besides its parameters."""
     from repa_scale.deepspeed_config import zero_stage
+    from repa_scale.provenance import git_commit
 
     terms = {} if config.method == "baseline" else config.alignment
     return {
@@ -171,7 +171,7 @@ def run_tags(config, ranks, identity: dict, dataset) -> dict[str, str]:
         "pair_id": identity["pair_id"],
         "identity_hash": identity["identity_hash"],
         "data_fingerprint": dataset.fingerprint,
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "world_size": str(ranks.world_size),
         "device": _device_name(ranks.device),
         "precision": config.train.precision,
@@ -228,15 +228,6 @@ def _device_name(device) -> str:
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
-
-
-def _git_commit() -> str:
-    """The commit of the working folder's repository; `none` outside one."""
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
-    except (OSError, subprocess.TimeoutExpired):
-        return "none"
-    return done.stdout.strip() or "none"
 
 
 def _log_to_console() -> None:

@@ -19,10 +19,10 @@ from torch import Tensor
 from repa_scale.checkpoint import MANIFEST, CheckpointReader, list_checkpoints
 from repa_scale.config import Config, from_dict
 from repa_scale.errors import DataError
-from repa_scale.models import build_sit
+from repa_scale.models import build_sit, position_table_of
 from repa_scale.models.sit import SiT
 from repa_scale.models.weights import EXPORT_CONFIG, backbone_names, check_names, open_weights
-from repa_scale.sealed import read_sealed
+from repa_scale.sealed import form_of, read_sealed
 from repa_scale.tensor_file import Read
 
 KINDS = {"ema": "ema", "raw": "master"}  # what a user calls the weights -> what the checkpoint calls them
@@ -123,7 +123,7 @@ def open_source(source: str | Path, weights: str = "ema") -> Source:
         raise DataError(
             f"{source} is a file; give a run folder, or make a folder of it with: repa-scale import {source}"
         )
-    if (source / EXPORT_CONFIG).is_file():
+    if (source / EXPORT_CONFIG).is_file() or form_of(source):
         return _from_export(source, weights)
     if (source / MANIFEST).is_file() or any(source.glob("rank_*_of_*.safetensors")):
         return _from_checkpoint(source, weights)
@@ -155,7 +155,7 @@ def _from_checkpoint(folder: Path, weights: str) -> Source:
         "git_commit": reader.manifest.get("versions", {}).get("git_commit"),
         "mlflow_run_id": _mlflow_run(run),
     }
-    positions = build_sit(config).pos_embed
+    positions = position_table_of(config)
     shapes = {name.removeprefix("model."): reader.shape(name) for name in reader.names}
     shapes[POSITIONS] = tuple(positions.shape)
 
@@ -172,7 +172,9 @@ def _from_checkpoint(folder: Path, weights: str) -> Source:
 
 
 def _from_export(folder: Path, weights: str) -> Source:
-    read_sealed(folder)
+    form = read_sealed(folder).get("form")
+    if form != "safetensors":
+        raise DataError(f"{folder} holds the form {form}; export the run with --to safetensors, and give that folder")
     try:
         described = json.loads((folder / EXPORT_CONFIG).read_text())
         config, facts = from_dict(described["config"]), dict(described["trained"])

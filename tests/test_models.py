@@ -11,7 +11,7 @@ from repa_scale.models.initial import initial_values, initialize
 from repa_scale.models.projectors import PROJECTORS as BUILDERS
 from repa_scale.models.projectors import build_projector
 from repa_scale.models.sit import SiT
-from repa_scale.models.weights import check_names, load_public
+from repa_scale.models.weights import check_names, open_weights, public_shapes
 from repa_scale.objective import build_objective
 from repa_scale.sizes import BACKBONES, PATCH_SIZES, PROJECTORS
 
@@ -189,8 +189,11 @@ def test_public_weight_files(tmp_path):
     tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
     save_file({**tensors, "projectors.0.0.bias": torch.zeros(3)}, file)
     for path in (file, tmp_path):
-        loaded = load_public(path)
-        assert set(loaded) == set(tensors)
+        assert public_shapes(path) == {name: tuple(t.shape) for name, t in tensors.items()}
+        shapes, read = open_weights(path)
+        assert shapes["projectors.0.0.bias"] == (3,)
+        bias = tensors["blocks.0.attn.qkv.bias"]
+        assert torch.equal(read("blocks.0.attn.qkv.bias", 5, len(bias)), bias[5:])
     have = {name: tuple(t.shape) for name, t in tensors.items()}
     check_names(have, have, "x")
     wrong = {**have, "blocks.0.attn.qkv.bias": (7,), "surplus": (1,)}
@@ -208,10 +211,10 @@ def test_public_weight_files(tmp_path):
 
 def test_weight_files_that_cannot_be_read(tmp_path):
     with pytest.raises(DataError, match="does not exist"):
-        load_public(tmp_path / "none.safetensors")
+        open_weights(tmp_path / "none.safetensors")
     (tmp_path / "a.pt").write_bytes(b"x")
     with pytest.raises(DataError, match="pickle"):
-        load_public(tmp_path / "a.pt")
+        open_weights(tmp_path / "a.pt")
     (tmp_path / "a.safetensors").write_bytes(b"garbage")
     with pytest.raises(DataError, match="not a readable safetensors file"):
-        load_public(tmp_path / "a.safetensors")
+        open_weights(tmp_path / "a.safetensors")

@@ -10,10 +10,19 @@ from typing import Any
 
 from repa_scale import __version__
 from repa_scale.export import HASHES, Options
+from repa_scale.export.card import CARD, model_card
 from repa_scale.models.weights import EXPORT_CONFIG, EXPORT_FILE, EXPORT_INDEX
 from repa_scale.tensor_file import write_tensors
 from repa_scale.trained import Source
 
+USE = """
+```bash
+repa-scale sample DIR --out samples --count 64
+```
+
+`config.json` names the model; `model.safetensors` holds its weights under the names of public SiT checkpoints;
+`manifest.json` has the sha256 of every file, which `repa-scale` compares before it uses one.
+"""
 FILE_BYTES = 5 * 10**9  # of weights in one file
 
 
@@ -21,6 +30,7 @@ def write(source: Source, folder: Path, options: Options) -> dict[str, Any]:
     """Fills `folder`; the weights go from file to file, a piece at a time."""
     hashes = write_weights(source, folder, options)
     write_config(source, folder, options)
+    (folder / CARD).write_text(model_card(source, options, USE))
     return {HASHES: hashes, "projectors": options.projectors, "vae": options.vae or None}
 
 

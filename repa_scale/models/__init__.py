@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from repa_scale.config import Config
-from repa_scale.models.sit import SiT
-from repa_scale.sizes import backbone, latent_grid
+from repa_scale.models.sit import SiT, position_table
+from repa_scale.sizes import backbone, latent_grid, token_grid
 
 
 def build_sit(config: Config) -> SiT:
@@ -21,3 +23,10 @@ def build_sit(config: Config) -> SiT:
         num_classes=config.model.num_classes,
         qk_norm=size.qk_norm if config.model.qk_norm is None else config.model.qk_norm,
     )
+
+
+def position_table_of(config: Config) -> Tensor:
+    """The fixed position table of the backbone that a configuration names: (1, T, D) float32."""
+    size, _ = backbone(config.model.name)
+    across, _ = token_grid(config.data.image_size, config.latents.name, config.model.name)
+    return position_table(across, size.width)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-
-from torch import Tensor
 
 from repa_scale.errors import DataError, UserError
 from repa_scale.sealed import read_sealed
@@ -20,23 +17,18 @@ SHOWN = 5  # names listed in a message before "and N more"
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 
 
-def load_public(path: str | Path) -> dict[str, Tensor]:
-    """Backbone weights under public names; projectors in the file are left out.
-
-    Args:
-        path: a safetensors file, or a folder made by `repa-scale export`, which is verified.
+def verify_weights(path: str | Path) -> None:
+    """Compares a folder of `repa-scale export` with its manifest.
 
     Raises:
-        DataError: no such file, not a safetensors file, or a folder that does not agree with its manifest.
+        DataError: it does not agree.
     """
-    if (Path(path) / EXPORT_CONFIG).is_file():  # else a folder of someone else's, with nothing to compare
+    if (Path(path) / EXPORT_CONFIG).is_file():  # else a file, or a folder of someone else's: nothing to compare
         read_sealed(Path(path))
-    shapes, read = open_weights(path)
-    return {name: whole(read, name, shapes[name]) for name in backbone_names(shapes)}
 
 
 def public_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what `load_public` gives, read without the weights."""
+    """Names and shapes of the backbone in a safetensors file or an export; projectors are left out."""
     shapes, _ = open_weights(path)
     return {name: shapes[name] for name in backbone_names(shapes)}
 
@@ -74,11 +66,6 @@ def _several(folder: Path) -> list[TensorFile]:
     if strange:
         raise DataError(f"{index} names {strange[0]!r}, which is not a file of its folder; copy or export it again")
     return [TensorFile(folder / name) for name in names]
-
-
-def whole(read: Read, name: str, shape: tuple[int, ...]) -> Tensor:
-    """A tensor in its shape and the file's dtype."""
-    return read(name, 0, math.prod(shape)).view(shape)
 
 
 def backbone_names(names: Iterable[str]) -> list[str]:
