@@ -22,6 +22,7 @@ from repa_scale.export.step import (
     check_decoder,
     check_step,
     shape_facts,
+    step_inputs,
     trace_decoder,
     trace_step,
 )
@@ -49,6 +50,7 @@ def write(source: Source, folder: Path, options: Options) -> dict[str, Any]:
     program = torch.export.load(folder / STEP_FILE)
     for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
         file = "denoiser.aoti.pt2" if device == "cpu" else f"denoiser.{device}.aoti.pt2"
+        program.example_inputs = (step_inputs(source.config, 3, 1), {})  # AOTInductor asks for them
         run = _compile(program, folder / file, device)
         facts["checks"][file] = check_step(file, run, step, options, source.config)
     write_script(folder)
