@@ -37,7 +37,7 @@ def write(source: Source, folder: Path, options: Options) -> dict[str, Any]:
         UserError: mlflow is missing, or a program differs from PyTorch by more than its bound.
     """
     require("mlflow", "track")
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as temporary:
         programs, code = Path(temporary, "programs"), Path(temporary, "repa_scale")
         programs.mkdir()
         facts = write_programs(source, programs, options, build_step(source, options))
