@@ -32,11 +32,16 @@ class Options:
         dtype: a name of `DTYPES`.
         vae: the VAE that decodes the latents, as a hub id or a folder; empty: the run's.
         projectors: with the alignment terms' projectors, where the form has a place for them.
+        register, alias, uri: name and alias in the model registry of an MLflow store; empty: not registered, no alias,
+            the store of MLFLOW_TRACKING_URI or ./mlflow.db.
     """
 
     dtype: str = "fp32"
     vae: str = ""
     projectors: bool = False
+    register: str = ""
+    alias: str = ""
+    uri: str = ""
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -61,6 +66,11 @@ class Form:
     def write(self) -> Callable[[Source, Path, Options], dict[str, Any]]:
         return importlib.import_module(self.module).write
 
+    @property
+    def register(self) -> Callable[[Source, Path, Options, dict[str, Any]], None]:
+        """Enters a sealed folder in a registry (the form `mlflow` alone); the last argument is what `write` gave."""
+        return importlib.import_module(self.module).register
+
 
 FORMS: dict[str, Form] = {
     "safetensors": Form("repa_scale.export.safetensors", "weights under public names, configuration, model card"),
@@ -76,7 +86,11 @@ FORMS: dict[str, Form] = {
 def main(argv: list[str]) -> int:
     """Writes the export whole or not at all."""
     args = _parse(argv)
-    options = Options(args.dtype, args.vae, args.projectors)
+    if args.register and args.to != "mlflow":
+        raise ConfigError(f"--register {args.register} registers MLflow models; use it with --to mlflow")
+    if (args.alias or args.uri) and not args.register:
+        raise ConfigError("--alias and --uri say where a model is registered; give its name by --register")
+    options = Options(args.dtype, args.vae, args.projectors, args.register, args.alias, args.uri)
     with new_folder(Path(args.out)) as folder:
         source = open_source(args.source, args.weights)
         if args.class_names:
@@ -86,6 +100,8 @@ def main(argv: list[str]) -> int:
             source = replace(source, class_names=tuple(names))
         made = FORMS[args.to].write(source, folder, options)
         seal(folder, args.to, source, options, made)
+        if options.register:
+            FORMS[args.to].register(source, folder, options, made)
     out = Path(args.out)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     print(
@@ -153,4 +169,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--class-names", metavar="FILE", help="names of the classes, one a line or JSON (default: the data set's)"
     )
+    parser.add_argument("--register", default="", metavar="NAME", help="enter it in MLflow's model registry (mlflow)")
+    parser.add_argument("--alias", default="", help="of the registered version, such as champion")
+    parser.add_argument("--uri", default="", help="MLflow store (default: MLFLOW_TRACKING_URI, or sqlite:///mlflow.db)")
     return parser.parse_args(argv)
