@@ -141,7 +141,7 @@ def memory_row(count: int, size: int, extractor: str) -> Row:
         write_images(folder / "samples.npz", count, size)
         weights = ["--weights", "random"] if extractor == "inception" else []
         words = ["evaluate", str(folder), "--reference", str(folder), "--extractor", extractor, *weights]
-        command = [sys.executable, "-m", "repa_scale", *words, "--cache", name, "--batch", str(BATCH)]
+        command = [sys.executable, "-m", "repa_scale", *words, "--cache", name]
         began = time.perf_counter()
         subprocess.run(command, check=True, capture_output=True)
         seconds = time.perf_counter() - began

@@ -33,6 +33,8 @@ FORBIDDEN = {
     "rng": {"repa_scale.trainer", "deepspeed"},
     "kernels": {"repa_scale.models", "repa_scale.objective", "deepspeed"},
     "interpolant": {"repa_scale.models", "repa_scale.alignment"},
+    "metrics": {"repa_scale.models", "repa_scale.data", "repa_scale.extractors", "repa_scale.evaluate", "scipy"},
+    "extractors": {"repa_scale.engine", "repa_scale.data", "repa_scale.evaluate", "deepspeed", "hydra", "mlflow"},
     "models": {"repa_scale.engine", "repa_scale.data", "deepspeed", "hydra", "mlflow"},
     "encoders": {"repa_scale.engine", "repa_scale.data", "deepspeed", "hydra", "mlflow"},
     "latents": {"repa_scale.engine", "repa_scale.data", "deepspeed", "hydra", "mlflow"},

@@ -105,7 +105,7 @@ def choose(asked: list[str] | None, extractor: str) -> list[str]:
 
 
 def measure(kinds: list[str], samples: Features, reference: Features, device: torch.device) -> dict[str, Estimate]:
-    """The metrics of two sets of features, with 95 % intervals over the choice of samples.
+    """The metrics of two sets of features, with 95 % intervals over the choice of samples; uses up all but `pool`.
 
     Raises:
         DataError: too few images for a metric, or statistics that cannot be.
@@ -117,8 +117,9 @@ def measure(kinds: list[str], samples: Features, reference: Features, device: to
             distance = frechet_with_slope(ours, theirs)
             rows = [influence(block, ours, distance).cpu() for block in samples.kept[part].split(ROWS)]
             found[kind] = by_resampling(distance.value, torch.cat(rows))
+    samples.kept.pop("spatial", None)  # a third of the memory, used up
     if "is" in kinds:
-        found["is"] = inception_score(samples.kept["logits"])
+        found["is"] = inception_score(samples.kept.pop("logits"))
     if any(KINDS[kind][2] for kind in kinds):
         ours, theirs = samples.kept["pool"].to(device), reference.kept["pool"].to(device)
         if "kid" in kinds:

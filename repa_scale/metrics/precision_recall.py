@@ -37,8 +37,8 @@ def precision_recall(
         raise DataError(f"features of {samples.shape[1]} and {reference.shape[1]} numbers; use one extractor for both")
     if min(len(samples), len(reference)) <= k:
         raise DataError(f"{min(len(samples), len(reference))} images have no {k} nearest neighbours; give {k + 1}")
-    centre = reference.double().mean(0)
-    samples, reference = ((x.double() - centre).float() for x in (samples, reference))
+    centre = reference.mean(0, dtype=torch.float64)
+    samples, reference = (_minus(x, centre) for x in (samples, reference))
     inside = covered(samples, reference, nearest(reference, k)[0][:, -1:])[:, 0].double()
     precision = inside.mean().item()
 
@@ -96,6 +96,14 @@ def squared_distances(x: Tensor, y: Tensor) -> Tensor:
     """(n, m) for (n, d) and (m, d), by one matrix product; at least 0."""
     squares = x.double().square().sum(1).float()[:, None] + y.double().square().sum(1).float()
     return torch.addmm(squares, x, y.T, alpha=-2).clamp_(min=0)
+
+
+def _minus(x: Tensor, centre: Tensor) -> Tensor:
+    """x - centre in float64, rounded to float32; (n, d), by blocks because twice 50,000 features count."""
+    moved = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    for start in range(0, len(x), ROWS):
+        moved[start : start + ROWS] = x[start : start + ROWS].double() - centre
+    return moved
 
 
 def _without_each(distances: Tensor, theirs: Tensor, own: Tensor, groups: int, k: int) -> Tensor:
