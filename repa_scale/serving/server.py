@@ -130,8 +130,12 @@ def open_pipeline(folder: str | Path, device: str = "auto", dtype: str = "fp32")
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: this machine has no GPU that torch can use; leave the option out")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"--device {device} is no device ({reason(error)}); give cpu, cuda or cuda:1") from None
+    if chosen.type == "cuda" and not (chosen.index or 0) < torch.cuda.device_count():
+        raise UserError(f"--device {device}: torch finds no such GPU on this machine; leave the option out")
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     folder = Path(folder)
     if not (folder / "model_index.json").is_file():
@@ -208,8 +212,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--fixed-batch", action="store_true", help="always draw --max-batch: bit-equal images")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model; implies --fixed-batch")
     parser.add_argument("--queue", type=_positive, default=64, help="images that may wait (default: 64)")
-    parser.add_argument("--linger", type=float, default=5.0, help="ms to wait for a fuller batch (default: 5)")
-    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for a request (default: 300)")
+    parser.add_argument("--linger", type=_seconds, default=5.0, help="ms to wait for a fuller batch (default: 5)")
+    parser.add_argument("--timeout", type=_seconds, default=300.0, help="seconds for a request (default: 300)")
     parser.add_argument("--max-n", type=_positive, default=16, help="images a request (default: 16)")
     parser.add_argument("--max-steps", type=_positive, default=1000, help="sampler steps (default: 1000)")
     parser.add_argument("--token-file", help=f"file with the token that clients must show (default: ${TOKEN_VARIABLE})")
@@ -220,4 +224,11 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1e6:
+        raise argparse.ArgumentTypeError(f"{text} must be from 0 to a million")
     return value
