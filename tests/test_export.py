@@ -131,8 +131,17 @@ def test_the_card_tells_what_was_measured_and_how(tmp_path, capsys):
         "No VAE",
     ):
         assert part in card
-    assert run(capsys, "export", tmp_path / "run", "--out", tmp_path / "other", "--vae", "x/sd-vae-ft-ema")[0] == 0
-    assert "- VAE sd-vae-ft-ema: MIT." in (tmp_path / "other" / "model_card.md").read_text()
+
+
+def test_a_vae_travels_by_its_name(trained, tmp_path, capsys):
+    words = ("--vae", "x/sd-vae-ft-ema", "--out")
+    assert "has no VAE; leave it out" in refused(capsys, "export", trained[0], *words, tmp_path / "e")
+    words = ("latents.name=sd-vae-ft-mse", "data.image_size=64", "alignment.repa.weights=/home/me/encoder.pth")
+    make_run(tmp_path / "run", words)
+    assert run(capsys, "export", tmp_path / "run", "--vae", "x/sd-vae-ft-ema", "--out", tmp_path / "e")[0] == 0
+    assert "- VAE sd-vae-ft-ema: MIT." in (tmp_path / "e" / "model_card.md").read_text()
+    config = open_source(tmp_path / "e").config
+    assert config.latents.weights == "x/sd-vae-ft-ema" and config.alignment["repa"].weights == "encoder.pth"
 
 
 MEMORY = """
