@@ -115,6 +115,7 @@ def test_heavy_packages_are_imported_where_they_are_used(file):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]
             heavy = HEAVY - ({"triton"} if file in TRITON_FILES else {"diffusers"} if file in SERVING_FILES else set())
+            heavy -= {"mlflow"} if file.name == "mlflow_model.py" else set()  # run by MLflow where the model is loaded
             assert not heavy & {name.split(".")[0] for name in names}, file
 
 
