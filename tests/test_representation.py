@@ -31,6 +31,9 @@ from repa_scale.ranks import Ranks
 from repa_scale.run_folder import read_metrics
 from repa_scale.trained import load_trained
 
+# A run is trained for these; on a busy machine that takes minutes.
+pytestmark = pytest.mark.timeout(600)
+
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))
 WORDS = ("--depths", "1", "2", "--times", "0.2", "0.6", "--images", "150", "--bins", "3", "--neighbours", "5")
 
