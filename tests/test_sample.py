@@ -214,9 +214,19 @@ def test_the_sidecar_names_all_that_the_images_depend_on(model, tmp_path, signal
         assert not np.array_equal(changed, images), key
 
 
-def test_the_number_of_threads_changes_nothing(model, tmp_path, signals):
+def test_a_block_is_computed_by_one_thread(model, tmp_path, signals, monkeypatch):
+    """Of a larger model two threads give other bits than one (of this one they do not), so what is seen is their
+    number, whatever the process has."""
+    seen, found = set(), set()
+    build = type(load_trained(model)).build
+
+    def watched(self, device):
+        network = build(self, device)
+        network.register_forward_pre_hook(lambda *_: seen.add(torch.get_num_threads()))
+        return network
+
+    monkeypatch.setattr(type(load_trained(model)), "build", watched)
     before = torch.get_num_threads()
-    found = set()
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
@@ -225,7 +235,7 @@ def test_the_number_of_threads_changes_nothing(model, tmp_path, signals):
             assert torch.get_num_threads() == threads, "it is given back"
     finally:
         torch.set_num_threads(before)
-    assert len(found) == 1
+    assert len(found) == 1 and seen == {1}
 
 
 def test_the_null_branch_is_computed_inside_the_interval_alone(model, tmp_path, signals, monkeypatch):
