@@ -9,13 +9,12 @@ import numpy as np
 
 from repa_scale.compare.cost import AXES, OF_TIME, STEPS, Spent, mean_cost
 from repa_scale.compare.groups import Groups, Variant
-from repa_scale.compare.run_data import RunData
 from repa_scale.compare.targets import NORMAL, Curve, SpeedUp, speed_up
 from repa_scale.compare.validity import Difference, circular, evaluator_differences
 from repa_scale.errors import DataError
 from repa_scale.evaluations import Evaluation
 
-HELD_OUT = "held_out_denoising_loss"
+HELD_OUT = "denoising_loss_held_out"
 LEVELS = 8  # quality levels of the curve of speed-ups, evenly between the first and the last that both reached
 
 
@@ -41,6 +40,9 @@ KINDS = {
     HELD_OUT: Kind("denoising loss on held-out images", 1, 6),
     "precision": Kind("precision", -1, None),
     "recall": Kind("recall", -1, None),
+    "cknna_best": Kind("CKNNA, best depth and time", -1, None),
+    "probe_accuracy_best": Kind("accuracy of a linear probe, best depth and time", -1, None),
+    "denoising_loss_trained_on": Kind("denoising loss on training images", 1, None),
 }
 
 
@@ -84,7 +86,7 @@ def metrics_of(groups: Groups, allowed: tuple[str, ...] = ()) -> dict[str, Metri
     runs = groups.runs
     found: dict[str, dict[str, list[Evaluation]]] = {}
     for key, run in runs.items():
-        for one in (*run.evaluations, *held_out(run)):
+        for one in run.evaluations:
             if one.step > 0:
                 found.setdefault(f"{one.metric}_n{one.count}", {}).setdefault(key, []).append(one)
     metrics = []
@@ -137,24 +139,6 @@ def title_of(metric: str, kind: Kind, count: int) -> str:
     name = next((name for name in KINDS if metric.startswith(name + "_")), metric)
     rest = metric.removeprefix(name).strip("_").replace("_", "-")
     return f"{kind.title} ({f'{rest}, ' if rest else ''}{count:,} samples)"
-
-
-def held_out(run: RunData) -> list[Evaluation]:
-    """The held-out denoising loss of RUN/representation as a metric: the mean over the bins of t, by their width."""
-    found = []
-    for one in run.representation:
-        bins = one.get("denoising_loss") or []
-        try:
-            width = sum(high - low for low, high, *_ in bins)
-            value = sum((high - low) * loss for low, high, loss, *_ in bins) / width
-            error = sum(((high - low) * stderr) ** 2 for low, high, _, stderr in bins) ** 0.5 / width
-        except (TypeError, ValueError, ZeroDivisionError):
-            continue
-        protocol = {key: one[key] for key in ("data", "data_fingerprint", "weights") if key in one}
-        count = int(one.get("images", one.get("count", 0)) or 0)
-        low, high = value - NORMAL * error, value + NORMAL * error
-        found.append(Evaluation(int(one["step"]), 1, 0.0, HELD_OUT, value, count, low, high, protocol))
-    return found
 
 
 def curve_of(variant: Variant, metric: Metric) -> Curve | None:

@@ -97,9 +97,9 @@ def besides(folder: Path, run_id: str) -> tuple[list[Evaluation], list[dict[str,
 
 
 def read_representation(folder: Path, problems: list[str]) -> list[dict[str, Any]]:
-    """RUN/representation/step_N.json, in the order of the steps."""
+    """RUN/representation/step_N.json, in the order of the steps; those of the raw weights are left out."""
     found = []
-    for file in (folder / "representation").glob("step_*.json"):
+    for file in (folder / "representation").glob("step_*[0-9].json"):
         try:
             one = json.loads(file.read_text())
             found.append((int(one["step"]), one))
