@@ -22,6 +22,7 @@ STUDENT = (
 )  # fmt: skip
 
 EXACT, MORE, LESS = "exact", "more than", "less than"
+ONE_LESS = "without one of the seeds, it is not reached"  # a reason to give no interval
 
 Cost = Callable[[np.ndarray, float], float]
 
@@ -154,7 +155,7 @@ def speed_up(ours: Curve, other: Curve, level: float | None, costs: tuple[Cost, 
         return SpeedUp(target, early, late, kind, ratio, why=why)
     samples = _sample_spread(ours, other, lambda a, b: log_ratio(all_ours, all_other, a, b))
     if math.isnan(spread) or math.isnan(samples):
-        return SpeedUp(target, early, late, kind, ratio, why="without one of the seeds, it is not reached")
+        return SpeedUp(target, early, late, kind, ratio, why=ONE_LESS)
     half = math.exp(min(max(spread, samples), 700.0))
     return SpeedUp(target, early, late, kind, ratio, ratio / half, ratio * half)
 

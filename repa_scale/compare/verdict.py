@@ -7,7 +7,7 @@ from typing import Any
 from repa_scale.compare.groups import Groups
 from repa_scale.compare.quality import Metric
 from repa_scale.compare.run_data import RUNNING
-from repa_scale.compare.targets import EXACT, LESS, MORE
+from repa_scale.compare.targets import EXACT, LESS, MORE, ONE_LESS
 from repa_scale.compare.validity import QUALITY, Difference
 
 NOT_COMPARABLE = "NOT COMPARABLE"
@@ -83,6 +83,8 @@ def sentence(ours: str, whose: str, title: str, row: dict[str, Any]) -> str:
     steps = row["axes"]["steps"]
     if steps["why_no_interval"] == "one seed":
         return f"{text} One seed of a method: no interval, so chance is not ruled out."
+    if steps["why_no_interval"] == ONE_LESS:
+        return f"{text} No interval: without one of the seeds, that level is not reached, so no difference is shown."
     if steps["low"] is not None and steps["low"] <= 1 <= steps["high"]:
         return f"{text} The interval holds 1: no difference is shown."
     return text
