@@ -4,6 +4,7 @@ zero_to_fp32.py, each on its own checkpoint of the same model with the same weig
 Each is run as the command that a user types, in turn; a thread reads the process's memory every 5 ms. Both write
 float32 safetensors; ours also verifies what it reads and hashes what it writes. Peak memory is anonymous memory, which
 only the process itself can give back, and beside it the resident peak (VmHWM), which counts mapped files too.
+The least possible is a piece of a tensor, above what Python and torch hold.
 
     python -m benchmarks.export --model SiT-XL/2
 """
@@ -176,8 +177,8 @@ def show(row: dict) -> None:
             f"above its imports; resident {one['peak_resident_bytes'] / 1e6:.0f} MB"
         )
     print(
-        f"  ours / DeepSpeed: time {row['time_ratio']:.2f}, of a processor {row['cpu_ratio']:.2f}, memory"
-        f" {row['memory_ratio']:.2f}, above the imports {row['memory_ratio_above_imports']:.3f}; the limit is one piece of a tensor and what Python itself holds"
+        f"  ours / DeepSpeed: time {row['time_ratio']:.2f}, of a processor {row['cpu_ratio']:.2f}, memory "
+        f"{row['memory_ratio']:.2f}, above the imports {row['memory_ratio_above_imports']:.3f}"
     )
 
 
