@@ -273,7 +273,7 @@ def test_programs_run_without_this_package(exported, drawn, tmp_path):
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_registered_model_answers_over_http(trained, drawn, tmp_path):
-    """Registered with metrics, tags and alias; then served by `mlflow models serve`, and asked well and badly."""
+    """Registered with metrics, tags and alias; then `mlflow models serve -m models:/NAME@ALIAS`, asked well and ill."""
     import mlflow
 
     from repa_scale import evaluations
