@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,11 +18,12 @@ from torch import Tensor
 
 from repa_scale.checkpoint import MANIFEST, CheckpointReader, list_checkpoints
 from repa_scale.config import Config, from_dict
-from repa_scale.errors import DataError
+from repa_scale.errors import ConfigError, DataError
 from repa_scale.models import build_sit, position_table_of
 from repa_scale.models.sit import SiT
 from repa_scale.models.weights import EXPORT_CONFIG, backbone_names, check_names, open_weights
 from repa_scale.sealed import form_of, read_sealed
+from repa_scale.sizes import backbone, token_grid
 from repa_scale.tensor_file import Read
 
 KINDS = {"ema": "ema", "raw": "master"}  # what a user calls the weights -> what the checkpoint calls them
@@ -68,15 +69,8 @@ class Source:
 
     def build(self, device: torch.device | str = "cpu") -> SiT:
         """The backbone with its weights, for inference; it is filled one tensor at a time."""
-        with torch.device("meta"):
-            model = build_sit(self.config)
-        wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        check_names({name: self.shapes[name] for name in self.names()}, wanted, str(self.origin))
-        model.to_empty(device=device)
-        with torch.no_grad():
-            for name, tensor in model.state_dict().items():
-                tensor.copy_(self.tensor(name))
-        return model.eval().requires_grad_(False)
+        shapes = {name: self.shapes[name] for name in self.names()}
+        return _filled(self.config, shapes, self.tensor, str(self.origin), device)
 
 
 @dataclass(frozen=True)
@@ -95,11 +89,26 @@ class Trained:
 
     def build(self, device: torch.device | str = "cpu") -> SiT:
         """The backbone with its weights, for inference."""
-        model = build_sit(self.config)
-        want = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        check_names({name: tuple(t.shape) for name, t in self.weights.items()}, want, str(self.facts["source"]))
-        model.load_state_dict(self.weights)
-        return model.eval().requires_grad_(False).to(device)
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.weights.items()}
+        return _filled(self.config, shapes, self.weights.__getitem__, str(self.facts["source"]), device)
+
+
+def _filled(
+    config: Config,
+    shapes: Mapping[str, tuple[int, ...]],
+    tensor: Callable[[str], Tensor],
+    where: str,
+    device: torch.device | str,
+) -> SiT:
+    """The backbone of `config` with the weights that `tensor` gives, compared before memory is taken for any."""
+    with torch.device("meta"):
+        model = build_sit(config)
+    check_names(shapes, {name: tuple(value.shape) for name, value in model.state_dict().items()}, where)
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            value.copy_(tensor(name))
+    return model.eval().requires_grad_(False)
 
 
 def load_trained(source: str | Path, weights: str = "ema") -> Trained:
@@ -180,11 +189,15 @@ def _from_export(folder: Path, weights: str) -> Source:
         config, facts = from_dict(described["config"]), dict(described["trained"])
         names = tuple(map(str, described.get("class_names") or ()))
         kind = facts["weights"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        across, down = token_grid(config.data.image_size, config.latents.name, config.model.name)
+        positions = (1, across * down, backbone(config.model.name)[0].width)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, ConfigError) as error:
         raise DataError(f"{folder / EXPORT_CONFIG} is damaged ({error}); export the run again") from None
     if kind != weights:
         raise DataError(f"{folder} holds the {kind} weights, not the {weights} ones; export those")
     shapes, read = open_weights(folder)
+    if shapes.get(POSITIONS) != positions:
+        raise DataError(f"{folder}: {EXPORT_CONFIG} and the weights are of two models; export the run again")
     return Source(shapes, lambda name, start, stop: read(name, start, stop).float(), config, facts, folder, None, names)
 
 
@@ -201,7 +214,10 @@ def _class_names(run: Path | None) -> tuple[str, ...]:
 
         from repa_scale.data.manifest import read_manifest
 
-        told = yaml.safe_load((folder / "config.yaml").read_text())
+        try:
+            told = yaml.safe_load((folder / "config.yaml").read_text())
+        except yaml.YAMLError as error:
+            raise DataError(f"{folder / 'config.yaml'} is damaged ({error})") from None
         return tuple(read_manifest(Path(told["data"]["path"]))["class_names"])
 
     return _told(run, names) or ()
@@ -211,5 +227,5 @@ def _told(run: Path | None, ask: Callable[[Path], Any]) -> Any:
     """What a file of the run folder says; None: there is no such file, or it does not say."""
     try:
         return None if run is None else ask(run)
-    except (OSError, ValueError, KeyError, TypeError, DataError):
+    except (OSError, ValueError, KeyError, TypeError, DataError, ImportError):
         return None

@@ -16,7 +16,7 @@ from repa_scale.errors import DataError
 from repa_scale.evaluations import Evaluation
 from repa_scale.export import FORMS, Form, Options, seal
 from repa_scale.export import safetensors as safetensors_form
-from repa_scale.sealed import MANIFEST, read_sealed
+from repa_scale.sealed import MANIFEST, read_sealed, seal_folder
 from repa_scale.trained import load_trained, open_source
 
 
@@ -131,8 +131,37 @@ def test_the_card_tells_what_was_measured_and_how(tmp_path, capsys):
         "No VAE",
     ):
         assert part in card
-    assert run(capsys, "export", tmp_path / "run", "--out", tmp_path / "other", "--vae", "x/sd-vae-ft-ema")[0] == 0
-    assert "- VAE sd-vae-ft-ema: MIT." in (tmp_path / "other" / "model_card.md").read_text()
+
+
+def test_a_vae_travels_by_its_name(trained, tmp_path, capsys):
+    words = ("--vae", "x/sd-vae-ft-ema", "--out")
+    assert "has no VAE; leave it out" in refused(capsys, "export", trained[0], *words, tmp_path / "e")
+    words = ("latents.name=sd-vae-ft-mse", "data.image_size=64", "alignment.repa.weights=/home/me/encoder.pth")
+    make_run(tmp_path / "run", words)
+    assert run(capsys, "export", tmp_path / "run", "--vae", "x/sd-vae-ft-ema", "--out", tmp_path / "e")[0] == 0
+    assert "- VAE sd-vae-ft-ema: MIT." in (tmp_path / "e" / "model_card.md").read_text()
+    config = open_source(tmp_path / "e").config
+    assert config.latents.weights == "x/sd-vae-ft-ema" and config.alignment["repa"].weights == "encoder.pth"
+
+
+def test_class_names_travel_where_the_data_set_tells_them(tmp_path, capsys):
+    make_run(tmp_path / "run")
+    names = [f"class {label}" for label in range(10)]
+    told = {"format_version": 1, "class_names": names, "class_counts": [1] * 10, "count": 10}
+    keys = ("name", "image_size", "fingerprint", "index_sha256", "quarantined", "recipe", "source")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset.json").write_text(json.dumps(told | dict.fromkeys(keys, 0)))
+    fuse = tmp_path / "it_ran"
+    for text, wanted in (
+        (f"data: {{path: {tmp_path}/data}}", tuple(names)),
+        (f"data: {{path: {tmp_path}/gone}}", ()),
+        (f"data: !!python/object/apply:os.system ['touch {fuse}']", ()),
+    ):
+        (tmp_path / "run" / "config.yaml").write_text(text)
+        shutil.rmtree(tmp_path / "e", ignore_errors=True)
+        assert run(capsys, "export", tmp_path / "run", "--out", tmp_path / "e")[0] == 0
+        assert open_source(tmp_path / "e").class_names == wanted
+    assert not fuse.exists()
 
 
 MEMORY = """
@@ -188,6 +217,16 @@ def test_a_damaged_export_is_refused_by_name(name, how, export, tmp_path, capsys
     assert name in line and not (tmp_path / "s").exists()
     assert name in refused(capsys, "export", export, "--out", tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("change", [{"num_classes": 10**12}, {"name": "SiT-7B/2"}, {"name": 5}, {"name": "SiT-Nano/1"}])
+def test_a_configuration_of_another_model_takes_no_memory(change, export, tmp_path, capsys):
+    """Also where whoever changed it made the manifest anew."""
+    described = json.loads((export / "config.json").read_text())
+    described["config"]["model"] |= change
+    (export / "config.json").write_text(json.dumps(described))
+    seal_folder(export, {"form": "safetensors"})
+    assert str(export) in refused(capsys, "sample", export, "--out", tmp_path / "s", "--steps", 1, "--count", 1)
 
 
 def test_a_manifest_leads_to_no_file_outside(export, tmp_path):

@@ -128,6 +128,8 @@ def test_the_public_layout_comes_back_as_it_was(weights, tmp_path, capsys):
     ours, again = load_trained(tmp_path / "run", weights), load_trained(tmp_path / "imported", weights)
     assert set(ours.weights) == set(again.weights)
     assert all(torch.equal(value, again.weights[name]) for name, value in ours.weights.items())
+    card = (tmp_path / "imported" / "model_card.md").read_text()
+    assert "repa.pt, sha256" in card and "encoder_depth 1" in card and "global batch" not in card
     assert again.config.model.name == "SiT-Nano/2" and again.facts["imported"]["convention"] == "repa"
     code, out, errors = run(
         capsys,

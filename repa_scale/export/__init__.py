@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ import torch
 from repa_scale import __version__
 from repa_scale.errors import ConfigError, ExitCode
 from repa_scale.sealed import seal_folder
+from repa_scale.sizes import latent_spec
 from repa_scale.trained import KINDS, Source, open_source
 
 EXAMPLE = "repa-scale export runs/first --out exports/first --dtype bf16"
@@ -78,7 +79,7 @@ def main(argv: list[str]) -> int:
     args = _parse(argv)
     options = Options(args.dtype, args.vae, args.projectors)
     with new_folder(Path(args.out)) as folder:
-        source = open_source(args.source, args.weights)
+        source = portable(open_source(args.source, args.weights), options)
         if args.class_names:
             from repa_scale.serving.labels import read_class_names
 
@@ -93,6 +94,22 @@ def main(argv: list[str]) -> int:
         f"{args.to} in {out} ({size / 1e6:.1f} MB)"
     )
     return ExitCode.COMPLETED
+
+
+def portable(source: Source, options: Options) -> Source:
+    """The source with the VAE that was asked for, and without the places of the encoders' weights, which nothing reads.
+
+    Raises:
+        ConfigError: a VAE for a model of pixels.
+    """
+    config = source.config
+    latents = config.latents
+    if options.vae:
+        if latent_spec(latents.name).kind == "identity":
+            raise ConfigError(f"--vae {options.vae}: latents.name={latents.name} has no VAE; leave it out")
+        latents = replace(latents, weights=options.vae)
+    terms = {name: replace(term, weights=PurePath(term.weights).name) for name, term in config.alignment.items()}
+    return replace(source, config=replace(config, latents=latents, alignment=terms))
 
 
 def seal(folder: Path, form: str, source: Source, options: Options, made: dict[str, Any]) -> None:

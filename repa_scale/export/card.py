@@ -32,12 +32,14 @@ def model_card(source: Source, options: Options, use: str) -> str:
         use: the section on how this form is used.
     """
     config, facts = source.config, source.facts
-    kind = "REPA" if config.method == "repa" else config.method
+    imported = facts.get("imported")
+    kind = "imported" if imported else "REPA" if config.method == "repa" else config.method
     lines = [
         f"# {config.model.name}, {config.data.image_size} px, {kind}, step {_known(facts['step'])}",
         "",
         "A class-conditional diffusion transformer (SiT) that predicts the velocity from data (t = 0) to noise (t = 1)"
-        f" on the {config.interpolant.path} path, trained with `repa_scale`.",
+        f" on the {config.interpolant.path} path"
+        + (", converted from a public checkpoint." if imported else ", trained with `repa_scale`."),
         "",
         "## Use",
         "",
@@ -60,8 +62,9 @@ def model_card(source: Source, options: Options, use: str) -> str:
             ("latent space", config.latents.name),
             *_terms(source),
             ("optimiser steps", _known(facts["step"])),
-            ("global batch", str(config.train.global_batch)),
-            ("precision of training, of this file", f"{config.train.precision}, {options.dtype}"),
+            *(_imported(imported) if imported else [("global batch", str(config.train.global_batch))]),
+            ("precision of training", "not recorded" if imported else config.train.precision),
+            ("precision of this file", options.dtype),
             ("commit of the training code", _known(facts.get("git_commit"))),
             ("MLflow run", _known(facts.get("mlflow_run_id"))),
             ("identity of the run", _known(facts["identity_hash"])),
@@ -93,7 +96,17 @@ def _known(value: object) -> str:
     return "not recorded" if value in (None, "", "none") else str(value)
 
 
+def _imported(told: dict) -> list[tuple[str, str]]:
+    settings = ", ".join(f"{key} {value}" for key, value in told["args"].items())
+    return [
+        ("imported from", f"{told['file']}, sha256 {told['sha256']}, {told['convention']} convention"),
+        ("what that file says of its training", settings or "nothing"),
+    ]
+
+
 def _terms(source: Source) -> list[tuple[str, str]]:
+    if source.facts.get("imported"):
+        return []
     if source.config.method == "baseline":
         return [("alignment", "none (baseline)")]
     return [
@@ -125,10 +138,13 @@ def _metrics(source: Source) -> list[str]:
 
 def _licences(source: Source, options: Options) -> list[str]:
     lines = ["- The weights: whoever trained them decides; the images of the data set have terms of their own."]
-    if source.config.method != "baseline":
-        for encoder in dict.fromkeys(term.encoder for term in source.config.alignment.values()):
-            licence = next((text for start, text in ENCODER_LICENCES.items() if encoder.startswith(start)), UNKNOWN)
-            lines.append(f"- Target encoder {encoder} (used in training alone): {licence}.")
+    if imported := source.facts.get("imported"):
+        encoders = [str(imported["args"]["enc_type"])] if "enc_type" in imported["args"] else []
+    else:
+        encoders = [] if source.config.method == "baseline" else [t.encoder for t in source.config.alignment.values()]
+    for encoder in dict.fromkeys(encoders):
+        licence = next((text for start, text in ENCODER_LICENCES.items() if encoder.startswith(start)), UNKNOWN)
+        lines.append(f"- Target encoder {encoder} (used in training alone): {licence}.")
     name = source.config.latents.name
     if options.vae:
         lines.append(f"- VAE {_name(options.vae)}: {VAE_LICENCES.get(_name(options.vae), UNKNOWN)}.")
