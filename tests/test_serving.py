@@ -11,6 +11,7 @@ import torch
 from serving import NAMES, export, tiny_config, tiny_source
 
 from repa_scale import rng
+from repa_scale.cli import main as cli
 from repa_scale.config import SampleConfig
 from repa_scale.errors import UserError
 from repa_scale.sampling import sample, sample_numbered
@@ -234,6 +235,18 @@ def test_names_of_classes():
     assert names.number("7") == 2
     with pytest.raises(UserError, match="exported without class names"):
         LabelNames.of(3, None).number("shark")
+
+
+def test_names_given_at_export_reach_the_pipeline(tmp_path):
+    from repa_scale.serving import SiTPipeline
+
+    weights = export(tiny_source(names=()), tmp_path / "weights", "safetensors")
+    (tmp_path / "names.txt").write_text("\n".join(f"kind {number}" for number in range(10)))
+    words = ["export", str(weights), "--to", "diffusers", "--out", str(tmp_path / "out")]
+    assert cli([*words, "--class-names", str(tmp_path / "names.txt")]) == 0
+    assert SiTPipeline.from_pretrained(str(tmp_path / "out")).labels.number("Kind 7") == 7
+    words[-1] = str(tmp_path / "bad")
+    assert cli([*words, "--class-names", str(tmp_path / "none.txt")]) == 64 and not (tmp_path / "bad").exists()
 
 
 @pytest.mark.parametrize(

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from repa_scale import torchvision_fix
-from repa_scale.errors import UserError, require
+from repa_scale.errors import require
 from repa_scale.export import HASHES, Options
 from repa_scale.export.card import CARD, model_card
 from repa_scale.export.safetensors import write_weights
 from repa_scale.latents import build_latents
-from repa_scale.sizes import latent_spec
 from repa_scale.trained import Source
 
 USE = """
@@ -40,7 +39,7 @@ def write(source: Source, folder: Path, options: Options) -> dict[str, Any]:
     from repa_scale.serving import SiTPipeline
     from repa_scale.serving.build import empty_transformer, id2label, latent_space, scheduler
 
-    vae = vae_of(source, options)
+    vae = build_latents(source.config, "cpu", torch.float32).vae
     pipe = SiTPipeline(
         empty_transformer(source.config),
         scheduler(source.config),
@@ -60,19 +59,3 @@ def write(source: Source, folder: Path, options: Options) -> dict[str, Any]:
         "vae": (options.vae or source.config.latents.name) if vae is not None else None,
         "class_names": len(source.class_names),
     }
-
-
-def vae_of(source: Source, options: Options) -> Any:
-    """The VAE that decodes the run's latents, float32; None in pixel space.
-
-    Raises:
-        UserError: a VAE is given for a model of pixels, or it cannot be had.
-    """
-    config = copy.deepcopy(source.config)
-    if options.vae:
-        if latent_spec(config.latents.name).kind == "identity":
-            raise UserError(f"--vae {options.vae}: this model makes pixels, which need no VAE; leave the option out")
-        config.latents = replace(config.latents, weights=options.vae)
-    import torch
-
-    return build_latents(config, "cpu", torch.float32).vae

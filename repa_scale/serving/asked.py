@@ -11,7 +11,7 @@ from repa_scale.errors import UserError, did_you_mean
 from repa_scale.sampling import SAMPLERS
 from repa_scale.serving.batcher import Wish
 from repa_scale.serving.labels import LabelNames
-from repa_scale.serving.settings import check_guidance, check_interval, check_seed, check_whole
+from repa_scale.serving.settings import check_guidance, check_interval, check_seed, check_whole, shown
 
 KEYS = ("class", "seed", "n", "steps", "guidance", "interval", "sampler", "format")
 FORMATS = ("png", "json")
@@ -59,7 +59,7 @@ def parse(body: bytes, labels: LabelNames, defaults: Defaults, limits: Limits) -
     """
     asked = _load(body)
     if unknown := sorted(set(asked) - set(KEYS)):
-        raise UserError(f"{unknown[0][:60]!r} is not a key of a request{did_you_mean(unknown[0][:60], KEYS)}")
+        raise UserError(f"{shown(unknown[0])} is not a key of a request{did_you_mean(unknown[0][:60], KEYS)}")
     n = check_whole("n", asked.get("n", 1), 1, limits.n)
     label = labels.number(asked.get("class"))
     steps = check_whole("steps", asked.get("steps", defaults.steps), 1, limits.steps)
@@ -67,10 +67,10 @@ def parse(body: bytes, labels: LabelNames, defaults: Defaults, limits: Limits) -
     interval = check_interval(asked.get("interval", defaults.interval))
     sampler = asked.get("sampler", defaults.sampler)
     if not isinstance(sampler, str) or sampler not in SAMPLERS:
-        raise UserError(f"sampler={str(sampler)[:60]} is not a sampler{did_you_mean(str(sampler)[:60], SAMPLERS)}")
+        raise UserError(f"sampler={shown(sampler)} is not a sampler{did_you_mean(str(sampler)[:60], SAMPLERS)}")
     form = asked.get("format", "png" if n == 1 else "json")
     if form not in FORMATS:
-        raise UserError(f"format={str(form)[:60]} must be png or json")
+        raise UserError(f"format={shown(form)} must be png or json")
     if form == "png" and n > 1:
         raise UserError(f"format=png holds one image, but n={n}; ask for format=json")
     first = asked.get("seed")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from repa_scale.errors import UserError
+from repa_scale.serving.settings import shown
 
 SUGGESTIONS = 3
 
@@ -50,10 +51,10 @@ class LabelNames:
         if isinstance(label, str):
             return self._named(label)
         if isinstance(label, bool) or not hasattr(label, "__index__"):
-            raise UserError(f"class {label!r} is neither a number nor a name")
+            raise UserError(f"class {shown(label)} is neither a number nor a name")
         if not 0 <= label <= self.null:
             last = f"0 to {self.null - 1}, and {self.null} for none" if self.null else "none: only 0"
-            raise UserError(f"class {label} is out of range; this model has classes {last}")
+            raise UserError(f"class {shown(label)} is out of range; this model has classes {last}")
         return int(label)
 
     def _named(self, label: str) -> int:
@@ -62,11 +63,11 @@ class LabelNames:
         if label.strip().isdecimal():
             return self.number(int(label))
         if not self.numbers:
-            raise UserError(f"class {_short(label)!r}: this model was exported without class names; give a number")
+            raise UserError(f"class {shown(label)}: this model was exported without class names; give a number")
         close = difflib.get_close_matches(key, self.numbers, n=SUGGESTIONS, cutoff=0.6)
         close += [name for name in self.numbers if key in name and name not in close][: SUGGESTIONS - len(close)]
         hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"give a name, or 0 to {self.null - 1}"
-        raise UserError(f"class {_short(label)!r} is not a class of this model; {hint}")
+        raise UserError(f"class {shown(label)} is not a class of this model; {hint}")
 
 
 def read_class_names(path: Path, num_classes: int) -> list[str]:
@@ -93,7 +94,3 @@ def _from_json(value: Sequence | Mapping) -> list[str]:
 
 def _key(name: str) -> str:
     return " ".join(name.replace("_", " ").casefold().split())
-
-
-def _short(label: str) -> str:
-    return label if len(label) <= 60 else label[:60] + "..."
