@@ -71,6 +71,7 @@ def test_values_are_those_of_the_features(place, extractor, capsys):
     assert "fd_effnet" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_files_archives_and_prepared_sets_are_the_same_images(place):
     images = pictures(12, 1)
     for number, image in enumerate(images):
@@ -102,6 +103,7 @@ def test_files_archives_and_prepared_sets_are_the_same_images(place):
     assert values[0] == pytest.approx(values[1], rel=1e-4)
 
 
+@pytest.mark.long
 def test_statistics_of_a_reference_are_made_once_and_checked(place, caplog):
     words = ["evaluate", "samples.npz", "--reference", "reference.npz", "--metrics", "fd", "--cache", "own"]
 

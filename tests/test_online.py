@@ -94,6 +94,7 @@ def test_it_is_in_mlflow_and_tensorboard_once(ran):
     ]
 
 
+@pytest.mark.long
 @pytest.mark.distributed
 def test_a_run_stopped_in_an_evaluation_does_it_at_its_next_start(ran, digits, tmp_path):
     """On two processes, with the statistics that the other run left in the data set's folder."""
