@@ -159,6 +159,7 @@ def _save(folder: Path, programs: Path, code: Path, source: Source, sampler: dic
         {"class_label": [0], "seed": [0], "steps": [sampler["steps"]], "guidance": [float(sampler["guidance"])]}
     )
     logging.getLogger("mlflow").setLevel(logging.ERROR)
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         mlflow.pyfunc.save_model(
