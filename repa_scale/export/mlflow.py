@@ -172,3 +172,7 @@ def _save(folder: Path, programs: Path, code: Path, source: Source, sampler: dic
             pip_requirements=requirements(),
             metadata={key: value for key, value in source.facts.items() if value is not None},
         )
+    # MLflow notes where the parts came from, on this machine; it finds them by their names.
+    told = (folder / "MLmodel").read_text()
+    told = told.replace(str(CODE), CODE.name).replace(str(programs), f"artifacts/{programs.name}")
+    (folder / "MLmodel").write_text(told)
