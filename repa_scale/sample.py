@@ -60,9 +60,9 @@ def _run(args: argparse.Namespace, trained: Trained, settings: SampleConfig, ran
     if there is None:
         _together(ranks, blocks.open if ranks.is_main else None)
         _together(ranks, lambda: _see(blocks))
+        drawer = Drawer(trained, recipe, latents, ranks.device)
         if ranks.is_main:
             _tell_labels(recipe)
-        drawer = Drawer(trained, recipe, latents, ranks.device)
         stopped = draw_missing(blocks, drawer, ranks, stop)
         if stopped:
             _say(

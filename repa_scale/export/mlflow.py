@@ -159,6 +159,7 @@ def _save(folder: Path, programs: Path, code: Path, source: Source, sampler: dic
         {"class_label": [0], "seed": [0], "steps": [sampler["steps"]], "guidance": [float(sampler["guidance"])]}
     )
     logging.getLogger("mlflow").setLevel(logging.ERROR)
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         mlflow.pyfunc.save_model(
@@ -171,3 +172,7 @@ def _save(folder: Path, programs: Path, code: Path, source: Source, sampler: dic
             pip_requirements=requirements(),
             metadata={key: value for key, value in source.facts.items() if value is not None},
         )
+    # MLflow notes where the parts came from, on this machine; it finds them by their names.
+    told = (folder / "MLmodel").read_text()
+    told = told.replace(str(CODE), CODE.name).replace(str(programs), f"artifacts/{programs.name}")
+    (folder / "MLmodel").write_text(told)

@@ -48,7 +48,7 @@ def write(source: Source, folder: Path, options: Options) -> dict[str, Any]:
     if options.dtype == "bf16":
         raise ConfigError("--dtype bf16: onnxruntime has no bf16 kernels for the CPU; use fp32 or fp16 with --to onnx")
     for package in ("onnx", "onnxscript", "onnxruntime"):
-        require(package, "export")
+        require(package, "onnx")
     config = source.config
     step, decoder = build_step(source, options), build_decoder(source, options)
     _convert(trace_step(step, config), folder / STEP_FILE, STEP_INPUTS, STEP_OUTPUT)

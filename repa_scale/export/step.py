@@ -51,7 +51,10 @@ class GuidedStep(nn.Module):
         Returns:
             (N, C, H, W) float32.
         """
-        return torch.cond((guidance > 1).any(), self._guided, self._plain, (x, t, labels, guidance))
+        some = (guidance > 1).any()
+        if torch.compiler.is_exporting():
+            return torch.cond(some, self._guided, self._plain, (x, t, labels, guidance))
+        return (self._guided if some else self._plain)(x, t, labels, guidance)  # torch.cond would compile here
 
     def _plain(self, x: Tensor, t: Tensor, labels: Tensor, guidance: Tensor) -> Tensor:
         return self.model(x, t, labels)[0].float()

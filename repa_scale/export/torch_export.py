@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,9 @@ def _compile(program: ExportedProgram, file: Path, device: str) -> Callable[...,
     if device != "cpu":
         program = move_to_device_pass(program, device)
     try:
-        aoti_compile_and_package(program, package_path=str(file))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch's own, of what torch itself calls
+            aoti_compile_and_package(program, package_path=str(file))
         loaded = aoti_load_package(str(file))
     except Exception as error:  # the compiler's, the linker's and inductor's own kinds
         raise UserError(f"--to torch-export: AOTInductor failed for {device}: {reason(error)}") from error
