@@ -1,12 +1,12 @@
 """Latency and throughput of each way to draw guided images, and what the server adds to the pipeline.
 
 All ways draw the same number of Euler steps with guidance, in turns in one process: the plain eager loop of
-sampling.py, our pipeline eager and compiled, diffusers' DiTPipeline of the same size (DDIM), and the exported forms
-that this installation can make (AOTInductor, onnxruntime). Decoding is left out of all but the two pipelines, where
-both use the same small VAE. Goal: the server adds at most 3 % at 8 images a request.
+sampling.py, our pipeline eager and compiled, and the exported forms that this installation can make (AOTInductor,
+onnxruntime), all without decoding; and our pipeline against diffusers' DiTPipeline of the same size (DDIM), both with
+the same small VAE, since the latter always decodes. Goal: the server adds at most 3 % at 8 images a request.
 
     python -m benchmarks.serve                     SiT-Tiny/2 on latents of 32 x 32: minutes on two cores
-    python -m benchmarks.serve --model SiT-XL/2 --batches 1 8 32 --steps 50 250 --forms plain pipeline compiled dit
+    python -m benchmarks.serve --model SiT-XL/2 --batches 1 8 32 --steps 50 250 --rounds 5
 """
 
 from __future__ import annotations
@@ -130,15 +130,15 @@ def plain(source: Source, device: str, folder: Path) -> Draw:
     return draw
 
 
-def pipeline(source: Source, device: str, folder: Path, compiled: bool = False) -> Draw:
-    """Our pipeline, decoding included."""
+def pipeline(source: Source, device: str, folder: Path, compiled: bool = False, output: str = "latent") -> Draw:
+    """Our pipeline."""
     from repa_scale.serving import SiTPipeline
 
     pipe = SiTPipeline.from_pretrained(str(_once(source, "diffusers", folder))).to(device)
     pipe.set_progress_bar_config(disable=True)
     if compiled:
         pipe.transformer.compile()
-    return lambda images, steps: pipe([1] * images, seed=0, steps=steps, guidance=GUIDANCE, output_type="uint8")
+    return lambda images, steps: pipe([1] * images, seed=0, steps=steps, guidance=GUIDANCE, output_type=output)
 
 
 def dit(source: Source, device: str, folder: Path) -> Draw:
@@ -253,6 +253,7 @@ WAYS: dict[str, Callable[[Source, str, Path], Draw]] = {
     "plain": plain,
     "pipeline": pipeline,
     "compiled": lambda source, device, folder: pipeline(source, device, folder, compiled=True),
+    "decoded": lambda source, device, folder: pipeline(source, device, folder, output="uint8"),
     "dit": dit,
     "aoti": aoti,
     "onnx": onnx,
