@@ -101,7 +101,7 @@ def speed_up_by_level(result: dict[str, Any], name: str) -> str:
     figure.add_hline(y=1, line={"color": "#808080", "width": 1, "dash": "dash"})
     backwards = "reversed" if metric["better"] == "lower" else None
     figure.update_xaxes(autorange=backwards)
-    figure.update_yaxes(type="log", tickformat=".2g")
+    figure.update_yaxes(type="log", tickformat=".3~g")
     return drawn(figure, "Times fewer steps to reach a level (to the right: better ones)", HEIGHT)
 
 
