@@ -27,6 +27,7 @@ from repa_scale.trained import Source
 PACKAGE = Path(repa_scale.__file__).parent
 CODE = PACKAGE / "export" / "mlflow_model.py"  # run by MLflow, so not imported here
 REQUIREMENTS = ("mlflow", "numpy", "pillow", "torch")
+METRICS = "metrics.jsonl"
 DEFAULT_URI = "sqlite:///mlflow.db"  # of tracking.uri too
 
 
@@ -125,7 +126,7 @@ def _run_of(client: Any, source: Source) -> str:
     identifier = experiment.experiment_id if experiment else client.create_experiment(name)
     tags = {key: str(value) for key, value in source.facts.items() if value is not None}
     run_id = client.create_run(identifier, run_name=f"export-step-{source.facts['step']}", tags=tags).info.run_id
-    rows = read_metrics(source.run) if source.run else []
+    rows = read_metrics(source.run) if source.run and (source.run / METRICS).is_file() else []
     for key, value in numbers(rows[-1] if rows else {}).items():
         client.log_metric(run_id, key, value, step=rows[-1]["step"])
     client.set_terminated(run_id, "FINISHED")
