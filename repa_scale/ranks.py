@@ -17,6 +17,8 @@ from repa_scale.errors import ConfigError
 from repa_scale.placement import adopt
 from repa_scale.rendezvous import elastic_store
 
+_SET_BY_US: dict[str, str] = {}  # variables that `start` made for a process alone
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -53,13 +55,15 @@ class Ranks:
         else:
             _keep_freed_memory()
         if "MASTER_ADDR" not in os.environ:
-            os.environ.update(
-                MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=str(_free_port()),
-                RANK=str(self.rank),
-                LOCAL_RANK=str(self.local_rank),
-                WORLD_SIZE=str(self.world_size),
-            )
+            ours = {
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(_free_port()),
+                "RANK": str(self.rank),
+                "LOCAL_RANK": str(self.local_rank),
+                "WORLD_SIZE": str(self.world_size),
+            }
+            os.environ.update(ours)
+            _SET_BY_US.update(ours)
         timeout = timedelta(minutes=timeout_minutes)
         dist.init_process_group(
             "nccl" if self.device.type == "cuda" else "gloo",
@@ -73,6 +77,8 @@ class Ranks:
         """Leaves the process group; without it some runs abort at exit."""
         if dist.is_initialized():
             dist.destroy_process_group()
+        while _SET_BY_US:  # else a process that is started later would take our port for its own
+            os.environ.pop(_SET_BY_US.popitem()[0], None)
 
     def barrier(self) -> None:
         if dist.is_initialized():

@@ -24,7 +24,7 @@ class Recipe:
     """Equal recipes give equal images, on any number of processes.
 
     Attributes:
-        checkpoint: checksum of the checkpoint's manifest, or of the export's weights.
+        checkpoint: checksum of the checkpoint's or the export's manifest, which names those of its files.
         block: consecutive samples that are computed together: a matrix product's bits depend on how many they are.
         decode: of them, how many the VAE decodes at a time.
         classes: `balanced`: label = number mod classes; `random`: drawn by (seed, number), as ADM's sampler does; or

@@ -23,6 +23,7 @@ from repa_scale.errors import ConfigError, DataError
 from repa_scale.models import build_sit
 from repa_scale.sample_blocks import Blocks, merge, npy_header
 from repa_scale.sample_recipe import Recipe, differing
+from repa_scale.sealed import seal_folder
 from repa_scale.trained import load_trained
 
 
@@ -40,6 +41,7 @@ def model(tmp_path_factory) -> Path:
     )
     facts = {"step": 3, "samples": 24, "identity_hash": "i" * 16, "pair_id": "p" * 16, "weights": "ema", "source": ""}
     (folder / "config.json").write_text(json.dumps({"trained": facts, "config": asdict(config)}))
+    seal_folder(folder, {"form": "safetensors"})
     return folder
 
 
@@ -194,7 +196,7 @@ def test_the_sidecar_names_all_that_the_images_depend_on(model, tmp_path, signal
     base = ("--n", 10, "--batch", 4, "--steps", 3, "--guidance", 2)
     images, _, facts = draw(model, tmp_path / "base.npz", *base)
     recipe = facts["recipe"]
-    assert recipe["checkpoint"] == f"sha256:{sha256(model / 'model.safetensors')}"
+    assert recipe["checkpoint"] == f"sha256:{json.loads((model / 'manifest.json').read_text())['sha256']}"
     assert recipe["versions"]["torch"] == torch.__version__ and recipe["rounding"] == "round((x + 1) / 2 * 255)"
     changes = {
         "steps": ("--steps", 4),
@@ -362,6 +364,7 @@ def test_weights_that_diverged_and_saves_that_did_not_finish(model, tmp_path, si
     broken.mkdir()
     save_file(tensors, broken / "model.safetensors")
     (broken / "config.json").write_text((model / "config.json").read_text())
+    seal_folder(broken, {"form": "safetensors"})
     words = ["sample", str(broken), "--n", "4", "--steps", "1", "--device", "cpu", "--out", str(tmp_path / "a.npz")]
     assert cli.main(words) == 64
     assert "are not finite" in capsys.readouterr().err

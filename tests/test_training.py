@@ -168,7 +168,7 @@ def test_a_folder_in_use_is_refused(words, tmp_path):
     launch.wait_for_step(1)
     try:
         second = Launch([*words, "train.steps=100000"], run, 1, "alone")
-        assert second.wait() == 64
+        assert second.wait() == 64, second.text()
         assert "is in use" in second.text() and "Traceback" not in second.text()
         before = launch.process.poll()
         time.sleep(0.5)

@@ -179,5 +179,5 @@ def test_wrong_words_of_the_verbs(pair, tmp_path):
 
 
 def test_the_table_of_verbs_is_complete():
-    wanted = "prepare train launch supervise checkpoints sample evaluate compare export import doctor plan"
+    wanted = "prepare train launch supervise checkpoints sample evaluate compare export import serve doctor plan"
     assert set(wanted.split()) == set(cli.VERBS)
