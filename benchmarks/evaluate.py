@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.rows import write_row
+from repa_scale import torchvision_fix
 from repa_scale.config import Config
 from repa_scale.latents import build_latents
 from repa_scale.models import build_sit
@@ -178,6 +179,7 @@ def _public(path: str | None, config: Config, weights: dict[str, Tensor], device
     """The public SDE loop, and a model for it."""
     if not path:
         return _written_out, Trained(weights, config, {"source": "benchmark"}).build(device)
+    torchvision_fix.ensure()  # their code imports timm
     sys.path.insert(0, path)
     samplers, models = importlib.import_module("samplers"), importlib.import_module("models.sit")
     channels, side, _ = latent_grid(config.data.image_size, config.latents.name)
