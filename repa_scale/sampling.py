@@ -142,13 +142,13 @@ def _sde(drift: _Guided, x: Tensor, steps: int, path: str, step_noise: StepNoise
     times = [*torch.linspace(1.0, SDE_LAST_TIME, steps, dtype=torch.float64).tolist(), 0.0]
     for i, (now, then) in enumerate(pairwise(times)):
         diffusion = 2 * now
-        mean = x + (then - now) * drift(x, now, now, _reverse_drift(now, diffusion, path))
+        mean = x + (then - now) * drift(x, now, now, reverse_drift(now, diffusion, path))
         last = i == len(times) - 2
         x = mean if last else mean + (diffusion * (now - then)) ** 0.5 * step_noise(i).double()
     return x
 
 
-def _reverse_drift(t: float, diffusion: float, path: str) -> Convert:
+def reverse_drift(t: float, diffusion: float, path: str) -> Convert:
     """v - w/2 * score, where score = (r v - x) / (sigma^2 - r sigma' sigma) and r = alpha / alpha'."""
     at = Interpolant(path).coefficients(torch.tensor(t, dtype=torch.float64))
     r = at.alpha / at.d_alpha

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 from pathlib import Path
 
 from repa_scale.errors import ConfigError, DataError, ExitCode
@@ -16,28 +14,25 @@ EXAMPLES = """examples:
   repa-scale evaluate runs/first --data data/held_out --alignment --linear-probe --denoising
   repa-scale evaluate samples --data data/digits          label agreement: are samples read as their labels?
 """
-REPRESENTATION = "repa_scale.evaluate.representation"
 MARKS = ("checkpoints", "manifest.json", "config.yaml")  # of a run or a checkpoint; an export has config.json
 
 
 def main(argv: list[str]) -> int:
     """Evaluates images or a checkpoint, as the source says."""
+    from repa_scale.evaluate import representation
+
     parser = argparse.ArgumentParser(
         prog="repa-scale evaluate",
         description=__doc__,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        conflict_handler="resolve",  # --data and --device serve both
     )
-    if importlib.util.find_spec(REPRESENTATION):
-        importlib.import_module(REPRESENTATION).add_options(parser)
+    representation.add_options(parser)
     _add_options(parser)
     args = parser.parse_args(argv)
     source = Path(args.source)
     if is_model(source):
-        if not importlib.util.find_spec(REPRESENTATION):
-            raise ConfigError(f"{source} is a checkpoint; draw samples of it first: repa-scale sample {source}")
-        return importlib.import_module(REPRESENTATION).run(args)
+        return representation.run(args)
     if not source.exists():
         raise DataError(f"{source} does not exist; give samples.npz, a folder of images, or a run or checkpoint")
     if args.reference:

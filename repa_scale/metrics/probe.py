@@ -15,6 +15,7 @@ from torch import Tensor
 
 from repa_scale import rng
 from repa_scale.errors import DataError
+from repa_scale.metrics.bootstrap import NORMAL
 
 HELD_OUT, VALIDATION = 0.2, 0.2  # shares of the images: the second is of those that are left, and chooses the penalty
 PENALTIES = tuple(10.0**power for power in range(-5, 3))  # times the identity, beside the features' correlations
@@ -84,7 +85,7 @@ def probe(features: Tensor, labels: Tensor, parts: Tensor) -> Probe:
     return Probe(accuracy, low, high, validation, penalty)
 
 
-def wilson(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson(share: float, count: int, z: float = NORMAL) -> tuple[float, float]:
     """95 % interval of a probability, of which `count` trials gave `share` (Wilson 1927)."""
     centre = share + z * z / (2 * count)
     half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from repa_scale.config import Config
@@ -11,18 +13,23 @@ from repa_scale.sizes import backbone, latent_grid, token_grid
 
 def build_sit(config: Config) -> SiT:
     """The backbone that a configuration names, uninitialised."""
+    return SiT(**sit_sizes(config))
+
+
+def sit_sizes(config: Config) -> dict[str, Any]:
+    """The arguments of `SiT` that a configuration names."""
     size, patch = backbone(config.model.name)
     channels, height, _ = latent_grid(config.data.image_size, config.latents.name)
-    return SiT(
-        input_size=height,
-        patch_size=patch,
-        in_channels=channels,
-        depth=size.depth,
-        width=size.width,
-        heads=size.heads,
-        num_classes=config.model.num_classes,
-        qk_norm=size.qk_norm if config.model.qk_norm is None else config.model.qk_norm,
-    )
+    return {
+        "input_size": height,
+        "patch_size": patch,
+        "in_channels": channels,
+        "depth": size.depth,
+        "width": size.width,
+        "heads": size.heads,
+        "num_classes": config.model.num_classes,
+        "qk_norm": size.qk_norm if config.model.qk_norm is None else config.model.qk_norm,
+    }
 
 
 def position_table_of(config: Config) -> Tensor:

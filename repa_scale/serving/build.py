@@ -10,10 +10,11 @@ import torch
 
 from repa_scale.config import Config
 from repa_scale.latents import build_latents
+from repa_scale.models import sit_sizes
 from repa_scale.serving.pipeline import SiTPipeline
 from repa_scale.serving.scheduler import SiTScheduler
 from repa_scale.serving.transformer import SiTTransformer2DModel
-from repa_scale.sizes import backbone, latent_grid, latent_spec
+from repa_scale.sizes import latent_spec
 from repa_scale.trained import open_source
 
 
@@ -38,20 +39,9 @@ def pipeline_of(source: str | Path, weights: str = "ema") -> SiTPipeline:
 
 def empty_transformer(config: Config) -> SiTTransformer2DModel:
     """The transformer of a configuration, without memory for its weights."""
-    size, patch = backbone(config.model.name)
-    channels, height, _ = latent_grid(config.data.image_size, config.latents.name)
-    qk_norm = size.qk_norm if config.model.qk_norm is None else config.model.qk_norm
+    sizes = sit_sizes(config)
     with torch.device("meta"):
-        return SiTTransformer2DModel(
-            sample_size=height,
-            patch_size=patch,
-            in_channels=channels,
-            depth=size.depth,
-            width=size.width,
-            heads=size.heads,
-            num_classes=config.model.num_classes,
-            qk_norm=qk_norm,
-        )
+        return SiTTransformer2DModel(sample_size=sizes.pop("input_size"), **sizes)
 
 
 def scheduler(config: Config) -> SiTScheduler:

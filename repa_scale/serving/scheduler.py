@@ -11,7 +11,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from repa_scale.errors import UserError, did_you_mean
-from repa_scale.sampling import SAMPLERS, SDE_LAST_TIME, _reverse_drift
+from repa_scale.sampling import SAMPLERS, SDE_LAST_TIME, reverse_drift
 
 
 @dataclass
@@ -95,7 +95,7 @@ class SiTScheduler(SchedulerMixin, ConfigMixin):
         if self._sampler != "sde":
             return velocity
         now = self._grid[self.step_index]
-        return _reverse_drift(now, 2 * now, self.config.path)(velocity, sample)
+        return reverse_drift(now, 2 * now, self.config.path)(velocity, sample)
 
     def step(
         self,
