@@ -27,7 +27,6 @@ from safetensors import safe_open
 
 from benchmarks.durability import build
 from benchmarks.rows import write_row
-from repa_scale.config import CheckpointConfig
 from repa_scale.ranks import Ranks
 
 IDENTITY = {"keys": {}, "identity_hash": "0", "pair_id": "0"}
@@ -55,17 +54,25 @@ def main() -> None:
 
 def save(args: argparse.Namespace) -> None:
     """One of two ranks: the same state as our checkpoint and as DeepSpeed's."""
-    from repa_scale.saving import Saver
+    from repa_scale.checkpoint import Piece, publish, step_folder, write_manifest, write_pieces
     from repa_scale.state import describe_state
 
     ranks = Ranks.from_environment("cpu")
     ranks.start()
     engine, ema, config = build(args, ranks)
+    del ema  # the masters stand in for it: at SiT-XL's size every copy of the state counts
     engine.write(lambda name, shape, start, stop: torch.randn(stop - start).mul_(0.02))
     folder = Path(args.folder)
-    saver = Saver(engine, ema, ranks, folder / "ours", CheckpointConfig(asynchronous=False))
-    saver.save(1, 1, describe_state(engine, ranks, 1, config, IDENTITY, {}), True)
-    saver.settle()
+    temporary = folder / "ours" / f"{step_folder(1)}.tmp-1"
+    temporary.mkdir(parents=True, exist_ok=True)
+    pieces = [
+        Piece(s.name, s.shape, s.start, s.stop, {"master": s.master, **s.moments, "ema": s.master})
+        for s in engine.shards
+    ]
+    entries = ranks.gather_objects(write_pieces(temporary, ranks.rank, ranks.world_size, pieces))
+    if ranks.is_main:
+        write_manifest(temporary, entries, describe_state(engine, ranks, 1, config, IDENTITY, {}))
+        publish(temporary, folder / "ours" / step_folder(1))
     engine.ds.save_checkpoint(str(folder / "deepspeed"), tag="x")
     ranks.barrier()
     ranks.leave()
