@@ -7,6 +7,7 @@ ranks try again together.
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import shutil
@@ -32,6 +33,7 @@ PAUSE_SECONDS = 5.0  # before the first further try; doubled for each
 WAITING_PAUSE_SECONDS = 1.0  # the same while training waits for it
 PATIENCE_SECONDS = 1800.0  # how long rank 0 waits for the other ranks' files
 POLL_SECONDS = 0.02
+LAST_SECONDS = 20.0  # that a failed run's process still gives to the save in flight
 
 log = logging.getLogger("repa_scale")
 
@@ -81,6 +83,8 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._due = 0.0
         self._number = 0
+        self._ending = False
+        atexit.register(self._end)
 
     def save(self, step: int, attempt: int, facts: dict, wait: bool = False) -> None:
         """Takes the state as it is now; all ranks call it together. Returns when the copy is made, or with `wait`
@@ -135,6 +139,14 @@ class Saver:
         """Waits for the save in flight, and forgets it where it has failed; all ranks call it together."""
         self.settle()
         self._job = None
+
+    def _end(self) -> None:
+        """Of the process: the save in flight is still worth a moment, when an error ends the run. After it the thread
+        must not be waiting in the store, where the interpreter's end would abort the process."""
+        if self._thread is not None:
+            self._thread.join(LAST_SECONDS)
+            self._ending = True
+            self._thread.join(1.0)
 
     def _start(self) -> None:
         self._job.tries += 1
@@ -218,6 +230,8 @@ class Saver:
         """Polls: a store that waits for one thread serves no other."""
         until = time.monotonic() + PATIENCE_SECONDS
         while not self._store.check([name]):
+            if self._ending:
+                raise OSError("the run ended meanwhile")
             if time.monotonic() > until:
                 raise OSError(f"{otherwise} in {PATIENCE_SECONDS:.0f} s")
             time.sleep(POLL_SECONDS)

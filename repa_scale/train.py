@@ -12,6 +12,8 @@ from pathlib import Path
 
 from repa_scale.errors import OUTCOME_VARIABLE, SWEEP_VARIABLE, ConfigError, ExitCode, UserError, reason
 
+INTERRUPTED = 130  # as a shell says it of Ctrl-C
+
 log = logging.getLogger("repa_scale")
 
 
@@ -20,6 +22,9 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     code, error = _main(argv)
     _leave_outcome(code, error)
+    if code == INTERRUPTED:  # who pressed Ctrl-C twice waits for no save any more
+        logging.shutdown()
+        os._exit(code)
     return code
 
 
@@ -43,7 +48,7 @@ def _main(argv: list[str]) -> tuple[int, str]:
             print(f"repa-scale: error: {error}", file=sys.stderr)
         return ExitCode.BAD_INPUT, str(error)
     except KeyboardInterrupt:
-        return 130, "interrupted"
+        return INTERRUPTED, "interrupted"
     except Exception as error:
         log.exception("the run failed")
         return ExitCode.FAILED, f"{type(error).__name__}: {reason(error)}"

@@ -6,6 +6,7 @@ other ranks are asked for theirs through the store, status.json gets the reason,
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
 import json
 import logging
@@ -56,7 +57,9 @@ class Watchdog:
         self._closed = threading.Event()
         if settings.hang_seconds:
             self._store = ranks.store()
-            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread.start()
+            atexit.register(self.close)  # a thread that the interpreter's end cuts off in the store aborts the process
 
     def enter(self, phase: str, step: int) -> None:
         """The loop goes on to `phase`; its time in the one before is learned."""
@@ -67,6 +70,8 @@ class Watchdog:
 
     def close(self) -> None:
         self._closed.set()
+        if self.settings.hang_seconds:
+            self._thread.join(ANSWER_SECONDS)
 
     # Below: the thread.
 

@@ -3,11 +3,14 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 from launching import SMALL, Launch, end_all, exact, train
 
+from repa_scale.checkpoint import list_checkpoints
 from repa_scale.config import HealthConfig
 from repa_scale.data.batches import open_dataset
 from repa_scale.data.order import Order
@@ -184,6 +187,26 @@ def test_a_hang_alone_ends_with_70(words, tmp_path):
     assert "next_batch" in (log := (run / "log" / "rank_0.log").read_text()) or "batches.py" in log
 
 
+ENDS_WHILE_IT_LOOKS = """
+import sys, torch
+from pathlib import Path
+from repa_scale import watchdog
+from repa_scale.config import HealthConfig
+from repa_scale.ranks import Ranks
+watchdog.POLL_SECONDS = 0.0
+ranks = Ranks(0, 0, 1, torch.device("cpu"))
+ranks.start()
+dog = watchdog.Watchdog(ranks, Path(sys.argv[1]), None, HealthConfig(), lambda: 0.0)
+"""
+
+
+def test_a_process_ends_whole_while_its_watchdog_looks(tmp_path):
+    """A thread that the interpreter's end cuts off in torch's store aborts the process, even of a completed run."""
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", ENDS_WHILE_IT_LOOKS, tmp_path], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.long
 @pytest.mark.distributed
 def test_a_slow_rank_is_named(words, tmp_path):
@@ -223,6 +246,50 @@ def test_sigterm_to_one_rank(words, undisturbed, tmp_path, where):
     rows = train([*words, f"train.steps={status['step'] + 2}"], run)
     same = min(len(rows), 12)
     assert exact(rows)[:same] == exact(undisturbed[1])[:same]
+
+
+@pytest.mark.distributed
+@pytest.mark.long
+def test_a_save_longer_than_the_grace_ends_with_70(words, tmp_path):
+    """Whoever asked will kill it soon: the log says why there is no new checkpoint, and the one before counts."""
+    run = tmp_path / "run"
+    words = [*words, "train.steps=100000", "train.checkpoint_every=100000"]
+    faults = json.dumps([["slow_write", 0, 120]])
+    launch = Launch([*words, "health.grace_seconds=2"], run, 1, "alone", FAULTS=faults)
+    launch.wait_for_step(3)
+    os.kill(launch.process.pid, signal.SIGTERM)
+    assert launch.wait(60) == 70
+    status = read_status(run)
+    assert status["state"] == "failed" and "has not saved within health.grace_seconds=2" in status["reason"]
+    assert " save of step " in status["reason"] and not list_checkpoints(run / "checkpoints")
+
+
+@pytest.mark.distributed
+@pytest.mark.long
+def test_ctrl_c_saves_and_twice_quits(words, tmp_path):
+    run = tmp_path / "run"
+    words = [*words, "train.steps=100000", "train.checkpoint_every=100000"]
+    launch = Launch(words, run, 1, "alone")
+    launch.wait_for_step(2)
+    os.kill(launch.process.pid, signal.SIGINT)
+    assert launch.wait(60) == 75 and read_status(run)["state"] == "preempted"
+    saved = [path.name for path in list_checkpoints(run / "checkpoints")]
+    again = Launch(words, run, 1, "alone", FAULTS=json.dumps([["slow_write", 0, 120]]))
+    again.wait_for_step(read_status(run)["step"] + 2)
+    for _ in range(2):
+        os.kill(again.process.pid, signal.SIGINT)
+        time.sleep(1)
+    assert again.wait(8) == 130 and "Traceback" not in again.text()
+    assert [path.name for path in list_checkpoints(run / "checkpoints")] == saved
+
+
+@pytest.mark.distributed
+@pytest.mark.long
+def test_the_signal_of_slurm_saves(words, tmp_path):
+    launch = Launch([*words, "train.steps=100000"], tmp_path / "run", 1, "alone")
+    launch.wait_for_step(2)
+    os.kill(launch.process.pid, signal.SIGUSR1)
+    assert launch.wait(60) == 75 and read_status(tmp_path / "run")["state"] == "preempted"
 
 
 @pytest.mark.distributed

@@ -54,6 +54,19 @@ def test_the_row_that_counts(tmp_path):
     assert [row["x"] for row in read_metrics(tmp_path)] == [5, 3]
 
 
+def test_a_row_that_a_kill_cut_off_does_not_spoil_the_next_one(tmp_path):
+    run = opened(tmp_path / "run")
+    run.record({"step": 1, "attempt": 1, "loss": 1.0})
+    run.close("failed", 1)
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "att')
+    again = opened(tmp_path / "run")
+    again.record({"step": 2, "attempt": 2, "loss": 2.0})
+    again.close("completed", 2)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["attempt"]) for line in lines] == [(1, 1), (2, 2)]
+
+
 def test_another_identity_is_refused_with_its_keys(tmp_path):
     opened(tmp_path / "run").close("completed", 1)
     before = sorted((p.name, p.stat().st_mtime_ns) for p in (tmp_path / "run").iterdir())
