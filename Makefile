@@ -29,7 +29,8 @@ lint: setup  ## format and lint
 	$(BIN)/ruff check .
 
 bench: setup  ## every benchmark that runs without a GPU; rows go to benchmarks/results
-	for script in rng loader data step_overhead zero_memory kernels durability; do $(BIN)/python -m benchmarks.$$script || exit 1; done
+	for script in rng loader data step_overhead zero_memory kernels durability "evaluate sampling" evaluate_metrics \
+	    evaluate_compare "export --model SiT-B/2" serve; do $(BIN)/python -m benchmarks.$$script || exit 1; done
 
 gpu:  ## every GPU test and benchmark, in pieces of under 10 minutes, with torch, timm, triton and DeepSpeed alone
 	benchmarks/gpu.sh all

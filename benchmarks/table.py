@@ -1,4 +1,4 @@
-"""The newest rows of benchmarks/results as the table of the README, which a test compares with it.
+"""The newest rows of benchmarks/results as the tables of the README, which a test compares with it.
 
 python -m benchmarks.table
 """
@@ -19,12 +19,15 @@ def main() -> None:
 
 
 def table() -> str:
-    """Markdown: of each benchmark and device the newest row, in the order of `LINES`."""
-    lines = ["| what | measured | goal | on |", "|---|---|---|---|"]
-    for name, cells in LINES.items():
-        for row in newest(name):
-            lines += [f"| {what} | {measured} | {goal} | {row['device']} |" for what, measured, goal in cells(row)]
-    return "\n".join(lines)
+    """Markdown: of each benchmark and device the newest row, in the order of `SECTIONS`."""
+    sections = []
+    for title, benchmarks in SECTIONS.items():
+        lines = [f"| {title} | measured | goal | on |", "|---|---|---|---|"]
+        for name, cells in benchmarks.items():
+            for row in newest(name):
+                lines += [f"| {what} | {measured} | {goal} | {row['device']} |" for what, measured, goal in cells(row)]
+        sections.append("\n".join(lines))
+    return "\n\n".join(sections)
 
 
 def newest(name: str) -> list[Row]:
@@ -91,14 +94,89 @@ def _throughput(row: Row) -> Iterator[tuple[str, str, str]]:
     yield f"{row['model']} with DINOv2-B, {row['case']}", measured, "recorded"
 
 
-LINES: dict[str, Callable[[Row], Iterator[tuple[str, str, str]]]] = {
-    "step_overhead": _overhead,
-    "zero_memory": _memory,
-    "loader": _loader,
-    "data": _data,
-    "rng": _random,
-    "pair": _pair,
-    "train_throughput": _throughput,
+def _evaluate(row: Row) -> Iterator[tuple[str, str, str]]:
+    case = row["case"]
+    if row["part"] == "sampling":
+        measured = f"{row['ratio']:.1f} times ({row['ours']:.0f} images/s)"
+        yield f"drawing samples, {case}: against the public loop", measured, f"at least {row['goal']:.0f}"
+        if "half" in case:
+            measured = f"{row['of_public_with_guidance_throughout']:.1f} times"
+            yield f"drawing samples, {case}: against the public loop, guided throughout", measured, "at least 1.3"
+    elif case.startswith("memory"):
+        extractor = case.removeprefix("memory, ")
+        what = f"peak memory of evaluating {row['images']:,} images of {row['size']} px against as many, {extractor}"
+        yield what, f"{row['peak_gb']:.1f} GB", "4 GB for 50,000"
+    else:
+        rate = f" ({row['images_per_second']:.0f} images/s)" if "images_per_second" in row else ""
+        yield f"{case}: against torch-fidelity", f"{row['ratio']:.1f} times{rate}", "at least 1"
+
+
+def _compare(row: Row) -> Iterator[tuple[str, str, str]]:
+    what = f"comparing {row['runs']} runs of {row['points_a_run']:,} points out of MLflow"
+    yield what, f"{row['seconds']:.1f} s", f"at most {row['goal']:.0f} s"
+
+
+def _durability(row: Row) -> Iterator[tuple[str, str, str]]:
+    ours, theirs = row["save"]["ours, behind"], row["save"]["DeepSpeed save_checkpoint"]
+    size = f"{row['model']}, {row['bytes'] / 1e9:.1f} GB of state on 2 processes:"
+    measured = f"{ours['stop_seconds']:.2f} s; DeepSpeed's {theirs['stop_seconds']:.2f} s"
+    yield f"{size} training stops for a checkpoint", measured, "not longer"
+    load = row["load"]
+    measured = f"{load['ours_seconds']:.1f} s; DeepSpeed's conversion {row['universal_seconds']:.0f} s before it loads"
+    yield f"{size} taken up on 1 process, verified", measured, "not longer"
+    if "restart" in row:
+        again = row["restart"]
+        measured = f"{again['kill_to_new_step_seconds']:.1f} s; its imports alone {again['imports_seconds']:.1f} s"
+        yield (
+            "from SIGKILL of 2 processes to the first new step of the run, started again at once",
+            measured,
+            "recorded",
+        )
+
+
+def _soak(row: Row) -> Iterator[tuple[str, str, str]]:
+    what = f"two nodes, {row['steps']:,} steps with {len(row['faults'])} faults in {row['minutes']:.0f} minutes"
+    yield what, "the curve of an undisturbed run, to the last bit", "the same"
+
+
+def _export(row: Row) -> Iterator[tuple[str, str, str]]:
+    what = f"exporting {row['model']} from 2 ranks' checkpoint: against zero_to_fp32.py"
+    measured = f"{row['time_ratio']:.2f} of its time, {row['memory_ratio']:.2f} of its memory"
+    yield what, measured, "at most 1 and 0.25"
+
+
+def _forms(row: Row) -> Iterator[tuple[str, str, str]]:
+    forms = row["forms"]
+    worst = max(forms, key=lambda name: forms[name]["latents"] or 0.0)
+    what = f"one seed in {len(forms)} forms of an export ({', '.join(forms)}): largest difference of images"
+    measured = f"{max(form['images'] for form in forms.values())} of 255; latents {forms[worst]['latents']:.0e}"
+    yield what, f"{measured} ({worst})", f"at most {row['bound']}"
+
+
+def _serve(row: Row) -> Iterator[tuple[str, str, str]]:
+    server = row["server"]
+    what = f"the server above the pipeline, {row['model']}, 8 images of {server['steps']} steps a request"
+    yield what, f"{server['overhead']:.1%}", f"at most {row['goal']:.0%}"
+    case = row["cases"][-1]
+    seconds = case["seconds"]
+    if "dit" in seconds and "decoded" in seconds:
+        what = f"our pipeline against diffusers' DiTPipeline, {case['batch']} images of {case['steps']} steps, decoded"
+        yield what, f"{seconds['dit'] / seconds['decoded']:.2f} times", "recorded"
+
+
+Cells = Callable[[Row], Iterator[tuple[str, str, str]]]
+SECTIONS: dict[str, dict[str, Cells]] = {
+    "Training": {
+        "step_overhead": _overhead,
+        "zero_memory": _memory,
+        "rng": _random,
+        "train_throughput": _throughput,
+        "pair": _pair,
+    },
+    "Data": {"loader": _loader, "data": _data},
+    "Durability": {"durability": _durability, "soak": _soak},
+    "Evaluation": {"evaluate": _evaluate, "evaluate_compare": _compare},
+    "Export and serving": {"export": _export, "forms": _forms, "serve": _serve},
 }
 
 
