@@ -280,4 +280,6 @@ def _leave() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from repa_scale.processes import end_process
+
+    end_process(main())

@@ -187,24 +187,38 @@ def test_a_hang_alone_ends_with_70(words, tmp_path):
     assert "next_batch" in (log := (run / "log" / "rank_0.log").read_text()) or "batches.py" in log
 
 
-ENDS_WHILE_IT_LOOKS = """
-import sys, torch
+LOOKS_INTO_THE_STORE = """
+import atexit, sys, threading, torch
 from pathlib import Path
-from repa_scale import watchdog
+from repa_scale import processes, watchdog
 from repa_scale.config import HealthConfig
 from repa_scale.ranks import Ranks
 watchdog.POLL_SECONDS = 0.0
 ranks = Ranks(0, 0, 1, torch.device("cpu"))
 ranks.start()
-dog = watchdog.Watchdog(ranks, Path(sys.argv[1]), None, HealthConfig(), lambda: 0.0)
+"""
+ITS_WATCHDOG = "watchdog.Watchdog(ranks, Path(sys.argv[1]), None, HealthConfig(), lambda: 0.0)"
+ANY_THREAD = """
+store = ranks.store()
+def look():
+    while True:
+        store.check(["key"])
+threading.Thread(target=look, daemon=True).start()
+atexit.register(print, "exit handlers ran")
+print("output")
+processes.end_process(75)
 """
 
 
-def test_a_process_ends_whole_while_its_watchdog_looks(tmp_path):
-    """A thread that the interpreter's end cuts off in torch's store aborts the process, even of a completed run."""
+@pytest.mark.parametrize(
+    ("thread", "code", "said"), [(ITS_WATCHDOG, 0, ""), (ANY_THREAD, 75, "output\nexit handlers ran\n")]
+)
+def test_a_process_ends_whole_while_a_thread_looks_into_the_store(tmp_path, thread, code, said):
+    """A thread that the interpreter's end cuts off in torch's C++ aborts the process, even of a completed run."""
+    script = LOOKS_INTO_THE_STORE + thread
     for _ in range(2):
-        done = subprocess.run([sys.executable, "-c", ENDS_WHILE_IT_LOOKS, tmp_path], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (code, said), done.stderr
 
 
 @pytest.mark.long

@@ -8,7 +8,6 @@ import functools
 import json
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -205,7 +204,8 @@ def lay():
 
 
 if __name__ == "__main__":
+    from repa_scale.processes import end_process
     from repa_scale.train import main
 
     lay()
-    sys.exit(main())
+    end_process(main())
