@@ -2,6 +2,7 @@
 
 python -m benchmarks.evaluate_metrics [--images 64] [--size 256] [--rounds 3]
 python -m benchmarks.evaluate_metrics --memory 2000 4000 8000     peak memory of the whole command by number of images
+python -m benchmarks.evaluate_metrics --rows 50000                peak memory of all metrics of so many images' features
 
 Goals: features and metrics not slower than torch-fidelity; 50,000 images of 256 pixels within 4 GB. Inception has
 random weights: speed and memory do not depend on them.
@@ -29,7 +30,7 @@ from PIL import Image
 
 from benchmarks.rows import write_row
 from repa_scale import torchvision_fix
-from repa_scale.evaluate.features import collect
+from repa_scale.evaluate.features import CHUNK, collect
 from repa_scale.evaluate.image_sets import open_images
 from repa_scale.evaluate.images import measure
 from repa_scale.extractors import build_extractor
@@ -149,6 +150,45 @@ def memory_row(count: int, size: int, extractor: str) -> Row:
     return {"case": f"memory, {extractor}", "images": count, "size": size, "peak_gb": peak, "seconds": seconds}
 
 
+def rows_memory_row(count: int) -> Row:
+    """Peak memory of a process that holds the features of `count` images, and of as many of the reference, as
+    `repa-scale evaluate` does, and computes all metrics of them."""
+    began = time.perf_counter()
+    subprocess.run(
+        [sys.executable, "-m", "benchmarks.evaluate_metrics", "--part", "rows", "--rows", str(count)], check=True
+    )
+    seconds = time.perf_counter() - began
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
+    return {"case": "memory of all metrics, inception's features", "images": count, "peak_gb": peak, "seconds": seconds}
+
+
+def measure_rows(count: int) -> None:
+    from repa_scale.evaluate.features import Features
+
+    torchvision_fix.ensure()
+    extractor = build_extractor("inception", "random", torch.device("cpu"))  # evaluate holds it until its end
+    generator = torch.Generator().manual_seed(0)
+
+    def features(widths: dict[str, int]) -> dict[str, torch.Tensor]:
+        return {part: torch.rand(count, width, generator=generator).square_() for part, width in widths.items()}
+
+    sides = []
+    for kept in ({"pool": 2048, "spatial": 2023, "logits": 1008}, {"pool": 2048}):
+        rows = features(kept)
+        moments = {part: _moments(rows.get(part)) for part in ("pool", "spatial") if part in rows}
+        sides.append(Features("", "", count, moments, rows))
+    sides[1].moments["spatial"] = _moments(features({"spatial": 2023})["spatial"])
+    measure(["fd", "sfid", *KINDS[1:]], *sides, torch.device("cpu"))
+    del extractor
+
+
+def _moments(rows: torch.Tensor) -> Moments:
+    whole = Moments.empty(rows.shape[1])
+    for block in rows.split(CHUNK):
+        whole = whole.add(block)
+    return whole
+
+
 def write_images(file: Path, count: int, size: int) -> None:
     """An .npz of synthetic images, written one by one."""
     with zipfile.ZipFile(file, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as stream:
@@ -185,8 +225,15 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=10_000, help="features of each set")
     parser.add_argument("--memory", type=int, nargs="+", metavar="N", help="measure this instead")
     parser.add_argument("--extractor", default="inception", help="of --memory")
+    parser.add_argument("--rows", type=int, metavar="N", help="measure this instead")
+    parser.add_argument("--part", choices=("rows",), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.memory:  # ascending: a process's peak is the largest child's
+    if args.part:
+        measure_rows(args.rows)
+        return
+    if args.rows:
+        found = [rows_memory_row(args.rows)]
+    elif args.memory:  # ascending: a process's peak is the largest child's
         found = (memory_row(count, args.size, args.extractor) for count in sorted(args.memory))
     else:
         found = rows(args.images, args.size, args.rounds, args.count)
