@@ -66,6 +66,9 @@ def save_kl_vae(folder, scaling_factor=0.13025):
 
     Its own scaling factor is another than that of the latent space sd-vae-ft-mse: the run's counts, not the VAE's.
     """
+    from repa_scale import torchvision_fix
+
+    torchvision_fix.ensure()
     from diffusers import AutoencoderKL
 
     from repa_scale.latents import KL_SHAPE
