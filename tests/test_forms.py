@@ -230,7 +230,9 @@ answer = model.predict({{"class_label": [3]}})
 import repa_scale
 assert repa_scale.__file__.startswith({str(folder)!r}), repa_scale.__file__
 assert len(answer["png_base64"][0]) > 50
-for bad in ({{"class_label": [99]}}, {{"class_label": [3], "steps": [0]}}, {{"class_label": [3], "guidance": [-1.0]}}):
+bad = [{{"class_label": [3], "steps": [steps]}} for steps in (0, 10**9)]
+bad += [{{"class_label": [3], "guidance": [guidance]}} for guidance in (-1.0, float("nan"))]
+for bad in ({{"class_label": [99]}}, *bad, {{"class_label": [3] * 257}}):
     try:
         model.predict(bad)
     except mlflow.exceptions.MlflowException as error:
@@ -241,6 +243,7 @@ for bad in ({{"class_label": [99]}}, {{"class_label": [3], "steps": [0]}}, {{"cl
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder.parent)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "class_label=99 must be 0 to 9, or 10 for none" in done.stdout and "steps=0" in done.stdout
+    assert "guidance=nan" in done.stdout and "257 rows; 1 to 256 are allowed" in done.stdout
 
 
 def isolated(folder, *words):
