@@ -373,6 +373,7 @@ def test_a_folder_that_would_run_code_is_not_served(what, folder, tmp_path, caps
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_a_compiled_model_serves_the_eager_ones_image(server, folder):
     """torch.compile for the CPU: half a minute of compiling before the first answer."""
     wishes = [
