@@ -102,12 +102,21 @@ def _load(kind: type, spec: LatentSpec, source: str, name: str) -> nn.Module:
         except UserError as error:
             raise UserError(f"the weights of {error}; or give a local folder (latents.weights=folder)") from None
         source = str(config.parent)
+    elif not any(Path(source).glob("*.safetensors")):  # diffusers would go on to a pickle, with advice of its own
+        raise UserError(
+            f"the weights of latents.name={name} cannot be read from {source}: it holds no .safetensors file, and "
+            "pickles are not read; save the VAE again by diffusers' save_pretrained"
+        )
     try:
         found = kind.load_config(source, local_files_only=True).get("_class_name", kind.__name__)
         # Without `low_cpu_mem_usage=False` diffusers asks for the package accelerate.
         if found == kind.__name__:
             vae, loaded = kind.from_pretrained(
-                source, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
+                source,
+                local_files_only=True,
+                low_cpu_mem_usage=False,
+                use_safetensors=True,
+                output_loading_info=True,
             )
     except Exception as error:  # each of the hub's libraries raises its own
         raise UserError(

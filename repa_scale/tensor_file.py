@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from repa_scale.errors import DataError
+from repa_scale.errors import DataError, UserError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -71,6 +71,21 @@ def pieces(read: Read, name: str, shape: tuple[int, ...]) -> Iterator[Tensor]:
         yield read(name, start, min(start + CHUNK, total))
 
 
+def rounded(piece: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """The values in another floating type.
+
+    Raises:
+        UserError: one of them is larger than the type can hold, and would become infinite.
+    """
+    values = piece.to(dtype)
+    if (lost := values.isinf() & ~piece.isinf()).any():
+        raise UserError(
+            f"{name} holds {float(piece[lost][0]):.3g}, and {str(dtype).removeprefix('torch.')} ends at "
+            f"{torch.finfo(dtype).max:.3g}; use bf16 or fp32"
+        )
+    return values
+
+
 def header(
     shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, metadata: Mapping[str, str] | None = None
 ) -> bytes:
@@ -92,6 +107,9 @@ def write_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], read: Read,
     Args:
         shapes: names in the order of the file.
         read: their elements, of any floating type; they are rounded to `dtype`.
+
+    Raises:
+        UserError: a value that `dtype` cannot hold.
     """
     digest = hashlib.sha256()
     with path.open("wb", buffering=0) as file:
@@ -107,4 +125,4 @@ def _contents(shapes: Mapping[str, tuple[int, ...]], read: Read, dtype: torch.dt
     yield memoryview(header(shapes, dtype, {"format": "pt"}))
     for name, shape in shapes.items():
         for piece in pieces(read, name, shape):
-            yield memoryview(piece.to(dtype).contiguous().view(torch.uint8).numpy())
+            yield memoryview(rounded(piece, dtype, name).contiguous().view(torch.uint8).numpy())

@@ -61,6 +61,26 @@ def tiny_source(config=None, names=NAMES, std=0.15):
     )
 
 
+def save_kl_vae(folder, scaling_factor=0.13025):
+    """An AutoencoderKL of Stable Diffusion's kind, with an eighth of its channels, drawn at random, as a local folder.
+
+    Its own scaling factor is another than that of the latent space sd-vae-ft-mse: the run's counts, not the VAE's.
+    """
+    from repa_scale import torchvision_fix
+
+    torchvision_fix.ensure()
+    from diffusers import AutoencoderKL
+
+    from repa_scale.latents import KL_SHAPE
+
+    widths = tuple(channels // 8 for channels in KL_SHAPE["block_out_channels"])
+    shape = {**KL_SHAPE, "block_out_channels": widths, "norm_num_groups": 8}
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        AutoencoderKL(**shape, scaling_factor=scaling_factor).save_pretrained(folder)
+    return folder
+
+
 def export(source, out, form="diffusers", **options):
     """As `repa-scale export` does."""
     from repa_scale.export import FORMS

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import make_run
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from repa_scale import cli, evaluations
 from repa_scale.errors import DataError
@@ -66,6 +66,53 @@ def test_projectors_come_when_they_are_asked_for(trained, tmp_path, capsys):
         projectors=True
     )
     assert name not in load_trained(tmp_path / "e").weights
+
+
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_weights_of_a_narrower_type(dtype, trained, tmp_path, capsys):
+    """In every form of weights: the type, the manifest, and each value rounded once."""
+    names = {"safetensors": "model.safetensors", "public": "checkpoint.pt", "diffusers-dit": "*/*.safetensors"}
+    for form, name in names.items():
+        out = tmp_path / form
+        assert run(capsys, "export", trained[0], "--to", form, "--dtype", dtype, "--out", out)[0] == 0
+        manifest = read_sealed(out)
+        assert (
+            manifest["dtype"] == dtype
+            and f"| precision of this file | {dtype} |" in (out / "model_card.md").read_text()
+        )
+        (file,) = out.glob(name)
+        held = torch.load(file)["ema"] if form == "public" else load_file(file)
+        assert {tensor.dtype for tensor in held.values()} == {TYPES[dtype]}, form
+        if form != "diffusers-dit":
+            for key, value in trained[2]["ema"].items():
+                if key.startswith("model."):
+                    assert torch.equal(held[key.removeprefix("model.")], value.to(TYPES[dtype])), key
+        else:
+            assert manifest["facts"]["max_error"] <= manifest["facts"]["bound"] == 5e-3
+    x, t, labels = torch.randn(4, 1, 8, 8), torch.tensor([0.0, 0.1, 0.9, 1.0]), torch.tensor([3, 10, 0, 5])
+    with torch.no_grad():
+        ours = open_source(tmp_path / "safetensors").build()(x, t, labels)[0]
+        exact = open_source(trained[0]).build()(x, t, labels)[0]
+    error = float((ours - exact).abs().max() / exact.abs().max())
+    print(f"{dtype}: the velocity differs by {error:.1e} of its largest value")
+    assert 0 < error < {"bf16": 2e-2, "fp16": 2e-3}[dtype]
+
+
+@pytest.mark.parametrize("form", ["safetensors", "public", "diffusers"])
+def test_a_value_too_large_for_fp16_is_told(form, trained, export, tmp_path, capsys):
+    """It would be written as infinity, and found by who draws from it."""
+    tensors = load_file(export / "model.safetensors")
+    tensors["final_layer.linear.bias"][1] = -70000.0
+    save_file(tensors, export / "model.safetensors")
+    seal_folder(export, {"form": "safetensors"})
+    words = ("export", export, "--to", form, "--out", tmp_path / "e", "--dtype")
+    line = refused(capsys, *words, "fp16")
+    assert "final_layer.linear.bias holds -7e+04" in line and "use bf16 or fp32" in line
+    assert not list(tmp_path.glob("e*.tmp*")) and not (tmp_path / "e").exists()
+    assert run(capsys, *words, "bf16")[0] == 0
 
 
 def test_large_weights_go_into_several_files(trained, tmp_path):
@@ -250,6 +297,12 @@ def test_an_export_of_an_unfinished_checkpoint_is_refused(trained, tmp_path, cap
     assert "is not a run folder with a checkpoint" in refused(
         capsys, "export", tmp_path / "run", "--out", tmp_path / "e"
     )
+    temporary = unfinished.with_name("step_00000012.tmp-7")  # as a save that was killed leaves it
+    unfinished.rename(temporary)
+    assert "not a complete checkpoint" in refused(capsys, "export", temporary, "--out", tmp_path / "e")
+    for file in temporary.iterdir():
+        file.unlink()
+    assert "a save that was not finished" in refused(capsys, "export", temporary, "--out", tmp_path / "e")
     assert not list(tmp_path.glob("e*"))
 
 

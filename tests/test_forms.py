@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,15 +23,17 @@ import torch
 from checkpoints import make_run
 from launching import BIN
 from PIL import Image
+from serving import save_kl_vae
 
 from repa_scale import cli
 from repa_scale.config import SampleConfig
-from repa_scale.errors import UserError
+from repa_scale.errors import DataError, UserError
 from repa_scale.export import Options, standalone, step, torch_export
 from repa_scale.export import mlflow as mlflow_form
 from repa_scale.export import onnx as onnx_form
 from repa_scale.latents import build_latents
 from repa_scale.sampling import sample_numbered
+from repa_scale.sealed import read_sealed
 from repa_scale.sizes import latent_grid
 from repa_scale.trained import open_source
 
@@ -226,7 +230,9 @@ answer = model.predict({{"class_label": [3]}})
 import repa_scale
 assert repa_scale.__file__.startswith({str(folder)!r}), repa_scale.__file__
 assert len(answer["png_base64"][0]) > 50
-for bad in ({{"class_label": [99]}}, {{"class_label": [3], "steps": [0]}}, {{"class_label": [3], "guidance": [-1.0]}}):
+bad = [{{"class_label": [3], "steps": [steps]}} for steps in (0, 10**9)]
+bad += [{{"class_label": [3], "guidance": [guidance]}} for guidance in (-1.0, float("nan"))]
+for bad in ({{"class_label": [99]}}, *bad, {{"class_label": [3] * 257}}):
     try:
         model.predict(bad)
     except mlflow.exceptions.MlflowException as error:
@@ -237,6 +243,7 @@ for bad in ({{"class_label": [99]}}, {{"class_label": [3], "steps": [0]}}, {{"cl
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder.parent)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "class_label=99 must be 0 to 9, or 10 for none" in done.stdout and "steps=0" in done.stdout
+    assert "guidance=nan" in done.stdout and "257 rows; 1 to 256 are allowed" in done.stdout
 
 
 def isolated(folder, *words):
@@ -247,6 +254,144 @@ def isolated(folder, *words):
         [sys.executable, "-c", code, "sample.py", *map(str, words)], cwd=folder, capture_output=True, text=True
     )
     return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def of_latents(tmp_path_factory):
+    """A folder: a run in the latents of a KL-VAE, that VAE, and the export to ONNX with its weights beside it."""
+    folder = tmp_path_factory.mktemp("latents")
+    make_run(folder / "run", ("latents.name=sd-vae-ft-mse", "data.image_size=64", f"sample.steps={STEPS}"))
+    save_kl_vae(folder / "vae")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_form, "ONE_FILE_BYTES", 50_000)
+        words = ["export", folder / "run", "--to", "onnx", "--vae", folder / "vae", "--out", folder / "first"]
+        assert cli.main([str(word) for word in words]) == 0
+    (folder / "first").rename(folder / "onnx")  # it may be moved: the graphs name their data by its name alone
+    return folder
+
+
+def trainers(folder):
+    """The step, the latent space and the source of the run, as the trainer has them."""
+    source = open_source(folder / "run")
+    source.config.latents.weights = str(folder / "vae")
+    return step.build_step(source, Options()), build_latents(source.config, "cpu", torch.float32), source
+
+
+@pytest.mark.timeout(900)  # the export to ONNX is a matter of seconds, but not on a machine with much else to do
+def test_a_kl_vae_decodes_in_a_program_as_in_the_trainer(of_latents):
+    """Of any batch: diffusers' own upsampling asks whether it has 64 images."""
+    _, latents, source = trainers(of_latents)
+    decoder = step.build_decoder(source, Options())
+    program = step.trace_decoder(decoder, source.config).module()
+    graph = onnx_form.load(of_latents / "onnx" / "decoder.onnx")
+    for count in (1, 3, 70):
+        (z,) = step.decoder_inputs(source.config, count)
+        wanted = latents.decode(z).permute(0, 2, 3, 1).numpy()
+        assert wanted.std() > 5
+        for name, decode in (("torch.export", program), ("onnx", graph)):
+            difference = np.abs(pixels(decode, z) - wanted).max()
+            print(f"{name}, {count} images: largest difference {difference} of 255")
+            assert difference <= 1
+
+
+@pytest.mark.timeout(900)
+def test_large_weights_of_onnx_lie_beside_the_graph_and_are_found_from_anywhere(of_latents, tmp_path, monkeypatch):
+    import onnx
+
+    folder = of_latents / "onnx"
+    manifest = read_sealed(folder)
+    for name in ("denoiser.onnx", "decoder.onnx"):
+        model = onnx.load(folder / name, load_external_data=False)
+        onnx.checker.check_model(str(folder / name))
+        tensors = list(initializers(model.graph))
+        apart = [tensor for tensor in tensors if tensor.data_location == onnx.TensorProto.EXTERNAL]
+        told = [{entry.key: entry.value for entry in tensor.external_data} for tensor in apart]
+        assert {entry["location"] for entry in told} == {f"{name}.data"}
+        size = (folder / f"{name}.data").stat().st_size
+        assert manifest["files"][f"{name}.data"]["bytes"] == size
+        assert size >= sum(int(entry["length"]) for entry in told) > 100_000
+        assert all(len(tensor.raw_data) < 1024 for tensor in tensors if tensor not in apart), (
+            "all that is large is apart"
+        )
+        # What decides whether data lies apart counts the main graph: nothing large may hide in a branch.
+        assert len(tensors) == len(model.graph.initializer)
+    guided, _, source = trainers(of_latents)
+    for place in (tmp_path, Path("/"), folder):
+        monkeypatch.chdir(place)
+        run = onnx_form.load(Path(os.path.relpath(folder, place)) / "denoiser.onnx")
+        inputs = step.step_inputs(source.config, 70, 2)
+        with torch.no_grad():
+            wanted = guided(*inputs)
+        assert float((run(*inputs) - wanted).abs().max() / wanted.abs().max()) < 5e-5
+    copy_ = tmp_path / "copy"
+    shutil.copytree(folder, copy_)
+    data = bytearray((copy_ / "denoiser.onnx.data").read_bytes())
+    data[len(data) // 2] ^= 1
+    (copy_ / "denoiser.onnx.data").write_bytes(data)
+    with pytest.raises(DataError, match=r"denoiser\.onnx\.data does not have the sha256"):
+        read_sealed(copy_)
+
+
+def initializers(graph):
+    """Those of a graph and of the branches in it."""
+    import onnx
+
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from initializers(attribute.g)
+
+
+# Of 8-bit images against fp32's, after ten steps: the largest difference of one pixel.
+NEAR = {"bf16": 12, "fp16": 3}
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [
+        ("onnx", "fp16"),
+        pytest.param("mlflow", "bf16", marks=pytest.mark.long),
+        pytest.param("mlflow", "fp16", marks=pytest.mark.long),
+        pytest.param("torch-export", "bf16", marks=pytest.mark.long),
+        pytest.param("torch-export", "fp16", marks=pytest.mark.long),
+    ],
+)
+def test_a_program_of_a_narrower_type_gives_nearly_the_same_image(form, dtype, trained, drawn, tmp_path):
+    out = tmp_path / "out"
+    assert cli.main(["export", str(trained), "--to", form, "--dtype", dtype, "--out", str(out)]) == 0
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["dtype"] == dtype and manifest["facts"]["max_error"] <= manifest["facts"]["bound"]
+    folder = out / "artifacts" / "programs" if form == "mlflow" else out
+    if form == "onnx":
+        import onnx
+
+        kinds = {t.data_type for t in onnx.load(out / "denoiser.onnx").graph.initializer if len(t.raw_data) > 1024}
+        assert kinds == {onnx.TensorProto.FLOAT16}
+        room, end = onnx_form, "onnx"
+    else:
+        program = torch.export.load(folder / "denoiser.pt2")
+        kinds = {value.dtype for value in program.state_dict.values()}
+        assert kinds == {Options(dtype).torch_dtype}
+        room, end = torch_export, "pt2"
+    latents = draw(room.load(folder / f"denoiser.{end}"))
+    assert latents.dtype == torch.float64
+    difference = np.abs(pixels(room.load(folder / f"decoder.{end}"), latents) - drawn[1])
+    print(f"{form} {dtype}: largest difference {difference.max()} of 255, mean {difference.mean():.3f}")
+    assert difference.max() <= NEAR[dtype]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("form", ["mlflow", "torch-export"])
+def test_a_run_in_latents_exports_to_programs(form, of_latents, tmp_path):
+    words = ["export", of_latents / "run", "--to", form, "--vae", of_latents / "vae", "--out", tmp_path / "out"]
+    assert cli.main([str(word) for word in words]) == 0
+    _, latents, source = trainers(of_latents)
+    (decoder,) = (tmp_path / "out").rglob("decoder.pt2")
+    (z,) = step.decoder_inputs(source.config, 2)
+    wanted = latents.decode(z).permute(0, 2, 3, 1).numpy()
+    assert np.abs(pixels(torch_export.load(decoder), z) - wanted).max() <= 1
 
 
 @pytest.mark.long

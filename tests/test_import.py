@@ -18,6 +18,7 @@ import torch
 from checkpoints import make_run
 from launching import SMALL, train
 from safetensors.torch import load_file, save_file
+from serving import save_kl_vae
 from test_export import refused, run
 from torch import nn
 
@@ -215,22 +216,43 @@ def public_module(variable, file):
 
 @pytest.mark.distributed
 def test_training_goes_on_from_an_import_with_other_classes(digits, tmp_path, capsys):
-    """The label table begins anew, everything else is kept; with learning rate 0 the first checkpoint shows it."""
+    """The label table and the optimiser begin anew, everything else is kept to the bit.
+
+    The run is real; it saves what it holds before its first step as step 0, and then takes one step.
+    """
     file, held = repa_checkpoint(tmp_path, capsys, "model.num_classes=7")
     assert run(capsys, "import", file, "--out", tmp_path / "imported", "--latents", "identity-grey")[0] == 0
     words = [*SMALL, f"data.path={digits}", f"train.init_from={tmp_path}/imported", "train.steps=1"]
-    train([*words, "optimizer.learning_rate=1e-12", "seed=3"], tmp_path / "tuned", 1, "alone")
-    reader = CheckpointReader(list_checkpoints(tmp_path / "tuned" / "checkpoints")[-1])
-    assert held["ema"][LABELS].shape == (8, 32) and reader.shape(f"model.{LABELS}") == (11, 32)
-    for name in reader.names:
-        found = reader.tensor("master", name)
+    rate, (beta_1, beta_2) = 1e-3, (0.9, 0.999)
+    settings = [f"optimizer.learning_rate={rate}", f"optimizer.betas=[{beta_1},{beta_2}]", "seed=3"]
+    settings += ["optimizer.weight_decay=0", "optimizer.eps=1e-30", "optimizer.warmup_steps=0"]
+    faults = json.dumps([["save_again", "all", 1]])
+    train([*words, *settings], tmp_path / "tuned", 1, "alone", FAULTS=faults)
+    start, after = map(CheckpointReader, list_checkpoints(tmp_path / "tuned" / "checkpoints"))
+    assert (start.step, after.step) == (0, 1)
+    assert [reader.manifest["scalars"]["optimizer_steps"] for reader in (start, after)] == [0, 1]
+    assert held["ema"][LABELS].shape == (8, 32) and start.shape(f"model.{LABELS}") == (11, 32)
+    kept = moved = 0
+    for name in start.names:
+        found, shape = start.tensor("master", name), start.shape(name)
         public = name.removeprefix("model.")
-        if public in held["ema"] and public != LABELS:
-            wanted = held["ema"][public]
+        if public in held["ema"] and public != LABELS and name.startswith("model."):
+            wanted, kept = held["ema"][public], kept + 1
         else:
-            wanted = initial_values(name, reader.shape(name), 0, found.numel(), 3).view_as(found)
-        assert torch.allclose(found, wanted, atol=1e-9, rtol=0), name
-        assert reader.tensor("exp_avg", name).abs().max() < 10, "the optimiser begins anew"
+            wanted = initial_values(name, shape, 0, found.numel(), 3).view_as(found)
+        assert torch.equal(found, wanted), name
+        assert torch.equal(start.tensor("ema", name), wanted), name
+        assert not any(start.tensor(moment, name).any() for moment in ("exp_avg", "exp_avg_sq")), name
+        # The first step of an AdamW without a past: m = (1 - b1) g, v = (1 - b2) g^2, and the weight moves by the rate.
+        m, v = (after.tensor(moment, name) for moment in ("exp_avg", "exp_avg_sq"))
+        gradient = m / (1 - beta_1)
+        assert torch.allclose(v, (1 - beta_2) * gradient**2, rtol=1e-4, atol=1e-30), name
+        sure = gradient.abs() > 1e-12
+        step = (found - after.tensor("master", name))[sure]
+        assert torch.allclose(step, rate * gradient[sure].sign(), rtol=1e-3, atol=1e-6), name
+        moved += int(sure.sum())
+    assert kept == len([name for name in held["ema"] if not name.startswith("projectors.")]) - 2  # labels, positions
+    assert moved > 1000
     other = [word for word in words if not word.startswith("model.name")]
     line = refused(capsys, "train", *other, "model.name=SiT-Nano/1", f"run.dir={tmp_path}/other")
     assert "does not fit this model" in line
@@ -350,10 +372,50 @@ def test_a_bomb_in_an_export(name, bomb, tmp_path, capsys):
     assert name in refused(capsys, "sample", tmp_path / "e", "--out", tmp_path / "s")
 
 
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "diffusion_pytorch_model.safetensors", "config.json"])
+def test_a_bomb_as_a_vae(name, bomb, tmp_path, capsys):
+    make_run(tmp_path / "run", ("latents.name=sd-vae-ft-mse", "data.image_size=64"))
+    vae = save_kl_vae(tmp_path / "vae")
+    if name.endswith(".bin"):
+        (vae / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save({"decoder.conv_in.bias": bomb}, vae / name)
+    words = ("export", tmp_path / "run", "--to", "diffusers", "--vae", vae, "--out", tmp_path / "e")
+    assert "cannot be read from" in refused(capsys, *words)
+    assert not (tmp_path / "e").exists()
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model.safetensors"])
+def test_a_file_that_was_cut_off_is_not_imported(name, original, tmp_path, capsys):
+    file = tmp_path / name
+    if name.endswith(".pt"):
+        torch.save({"ema": original.inner.state_dict()}, file)
+    else:
+        save_file(original.inner.state_dict(), file)
+    whole = file.read_bytes()
+    for size in (0, 5, len(whole) // 2, len(whole) - 9):
+        file.write_bytes(whole[:size])
+        assert str(file) in refused(capsys, "import", file, "--out", tmp_path / "i", "--convention", "sit")
+    assert not list(tmp_path.glob("i*"))
+
+
+def test_an_import_leaves_a_full_folder_as_it_is(original, tmp_path, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("x")
+    file = sit_checkpoint(original, tmp_path / "sit.pt")
+    assert "not an empty folder" in refused(capsys, "import", file, "--out", tmp_path / "full")
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
+
+
 def test_a_bomb_as_samples(bomb, digits, tmp_path, capsys):
     (tmp_path / "s").mkdir()
     np.savez(tmp_path / "s" / "samples.npz", arr_0=np.array([bomb], dtype=object), labels=np.zeros(1))
     assert "samples.npz" in refused(capsys, "evaluate", tmp_path / "s", "--data", digits)
+    images = np.zeros((4, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "good.npz", arr_0=images)
+    for arrays in ({"arr_0": np.array([bomb], dtype=object)}, {"mu": np.array([bomb], dtype=object), "sigma": images}):
+        np.savez(tmp_path / "reference.npz", **arrays)
+        words = ("evaluate", tmp_path / "good.npz", "--reference", tmp_path / "reference.npz")
+        assert "reference.npz" in refused(capsys, *words)
 
 
 def test_a_bomb_as_a_configuration(bomb, tmp_path, capsys):

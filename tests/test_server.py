@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import random
 import shutil
 import signal
@@ -13,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from serving import export, serving, tiny_config, tiny_source
 
@@ -294,6 +296,99 @@ def test_a_damaged_export_is_not_served(folder, tmp_path, capsys, break_it, line
     assert cli(["serve", str(broken), "--port", "0"]) == 64
     said = capsys.readouterr().err
     assert line in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("file", ["transformer/diffusion_pytorch_model.safetensors", "model_index.json"])
+def test_one_changed_byte_is_told(file, folder, tmp_path, capsys):
+    """Of the same length, so that the hash alone sees it."""
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    data = bytearray((broken / file).read_bytes())
+    data[-3] ^= 1
+    (broken / file).write_bytes(data)
+    assert "does not have the sha256" in refused(capsys, broken)
+
+
+def refused(capsys, folder):
+    """The one line of `repa-scale serve` that does not start."""
+    assert cli(["serve", str(folder), "--port", "0"]) == 64
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1 and str(folder) in said, said
+    return said
+
+
+class Bomb:
+    """Runs a command when it is unpickled by whatever executes pickles."""
+
+    def __init__(self, fuse):
+        self.fuse = fuse
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.fuse}",)
+
+
+def changed_index(**other):
+    def change(folder, fuse):
+        index = json.loads((folder / "model_index.json").read_text())
+        (folder / "model_index.json").write_text(json.dumps({**index, **other}))
+        for place in (folder, folder / "scheduler"):
+            (place / "evil.py").write_text(f"import os\nos.system('touch {fuse}')\nclass Evil: pass\n")
+
+    return change
+
+
+def pickled(name, beside=""):
+    def change(folder, fuse):
+        if beside:
+            (folder / beside).unlink()
+        torch.save({"x": Bomb(fuse)}, folder / name)
+
+    return change
+
+
+WEIGHTS = "transformer/diffusion_pytorch_model"
+BOMBS = {
+    "a pickle as safetensors": (pickled(f"{WEIGHTS}.safetensors"), "header too large"),
+    "a pickle in its place": (pickled(f"{WEIGHTS}.bin", f"{WEIGHTS}.safetensors"), "no file named"),
+    "a pickle as the model's configuration": (pickled("transformer/config.json"), "not a valid JSON file"),
+    "a pickle as the index": (pickled("model_index.json"), "not a valid JSON file"),
+    "a pickle as the manifest": (pickled("manifest.json"), "manifest.json is damaged"),
+    "code in the folder": (changed_index(scheduler=["evil", "Evil"]), "scheduler = ['evil', 'Evil']"),
+    "code as the pipeline": (changed_index(_class_name=["evil", "Evil"]), "_class_name = ['evil', 'Evil']"),
+    "a part too many": (changed_index(helper=["evil", "Evil"]), "helper = ['evil', 'Evil']"),
+    "a class of another package": (changed_index(vae=["subprocess", "Popen"]), "vae = ['subprocess', 'Popen']"),
+}
+
+
+@pytest.mark.parametrize("what", BOMBS)
+def test_a_folder_that_would_run_code_is_not_served(what, folder, tmp_path, capsys):
+    """Without a manifest, as save_pretrained of diffusers leaves it: nothing vouches for the files."""
+    broken, fuse = tmp_path / "broken", tmp_path / "it_ran"
+    shutil.copytree(folder, broken)
+    (broken / "manifest.json").unlink()
+    change, line = BOMBS[what]
+    change(broken, fuse)
+    assert line in refused(capsys, broken)
+    assert not fuse.exists(), "the code ran"
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_compiled_model_serves_the_eager_ones_image(server, folder):
+    """torch.compile for the CPU: half a minute of compiling before the first answer."""
+    wishes = [
+        {"class": 5, "seed": 3, "steps": 6, "guidance": 2.5, "interval": [0, 0.7]},
+        {"class": None, "seed": 4, "steps": 4, "guidance": 1.0, "sampler": "sde"},
+    ]
+    with serving(folder, "--compile", "--max-batch", 2) as compiled:
+        for wish in wishes:
+            (ours, first), (theirs, second) = (each.images(wish) for each in (compiled, server))
+            assert (ours, theirs) == (200, 200)
+            difference = np.abs(pixels(first) - pixels(second)).max()
+            print(f"compiled against eager: largest difference {difference} of 255")
+            assert difference <= 1
+        assert compiled.images({"class": 1, "n": 5})[0] == 200  # more than a batch
+        assert compiled.images({"class": 99})[0] == 422
 
 
 def test_a_port_in_use_and_an_empty_token_file_are_told(server, folder, tmp_path, capsys):

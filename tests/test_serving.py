@@ -4,13 +4,14 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from serving import NAMES, export, tiny_config, tiny_source
+from serving import NAMES, export, save_kl_vae, tiny_config, tiny_source
 
-from repa_scale import rng
+from repa_scale import rng, sizes
 from repa_scale.cli import main as cli
 from repa_scale.config import SampleConfig
 from repa_scale.errors import UserError
@@ -193,6 +194,84 @@ def test_a_vae_lies_beside_the_transformer_and_decodes(tmp_path):
     pixels = pipe([1, 2], seed=[0, 1], output_type="uint8").images
     wanted = build_latents(config, "cpu", torch.float32).decode(state).permute(0, 2, 3, 1).numpy()
     assert pixels.shape == (2, 64, 64, 3) and np.array_equal(pixels, wanted)
+
+
+def kl_source():
+    """A model of 64-pixel images in the latents of a KL-VAE."""
+    config = tiny_config()
+    config.data.image_size, config.latents.name = 64, "sd-vae-ft-mse"
+    return tiny_source(config)
+
+
+@pytest.mark.parametrize(
+    ("scale", "shift"), [((0.18215,), (0.0,)), ((0.3, 0.5, 0.2, 0.4), (0.1, -0.2, 0.3, 0.0))], ids=["one", "channels"]
+)
+def test_a_kl_vae_from_a_folder_decodes_as_the_trainer_does(scale, shift, tmp_path, monkeypatch):
+    """With one scale, as Stable Diffusion's, and with a scale and a shift for each channel."""
+    from repa_scale.latents import build_latents
+    from repa_scale.serving import SiTPipeline
+
+    row = replace(sizes.LATENTS["sd-vae-ft-mse"], scale=scale, shift=shift)
+    monkeypatch.setitem(sizes.LATENTS, "sd-vae-ft-mse", row)
+    source, vae = kl_source(), save_kl_vae(tmp_path / "vae")
+    weights = export(source, tmp_path / "weights", "safetensors")
+    words = ["export", str(weights), "--to", "diffusers", "--vae", str(vae), "--out", str(tmp_path / "out")]
+    assert cli(words) == 0
+    monkeypatch.undo()  # the folder alone says how it is decoded
+    pipe = SiTPipeline.from_pretrained(str(tmp_path / "out"))
+    state = pipe([1, 2], seed=[0, 1], output_type="latent").images
+    pixels = pipe([1, 2], seed=[0, 1], output_type="uint8").images.astype(int)
+    monkeypatch.setitem(sizes.LATENTS, "sd-vae-ft-mse", row)
+    source.config.latents.weights = str(vae)
+    wanted = build_latents(source.config, "cpu", torch.float32).decode(state).permute(0, 2, 3, 1).numpy()
+    assert pixels.shape == (2, 64, 64, 3) and pixels.std() > 5
+    assert np.abs(pixels - wanted).max() <= 1
+    monkeypatch.setitem(sizes.LATENTS, "sd-vae-ft-mse", replace(row, scale=(0.9,), shift=(0.0,)))
+    other = build_latents(source.config, "cpu", torch.float32).decode(state).permute(0, 2, 3, 1).numpy()
+    assert np.abs(pixels - other).max() > 10, "the picture depends on the scale"
+    described = json.loads((tmp_path / "out" / "vae" / "config.json").read_text())
+    if len(scale) == 1:
+        assert (described["scaling_factor"], described["shift_factor"]) == (0.18215, 0.0)
+    for file in (path for path in (tmp_path / "out").rglob("*") if path.is_file()):
+        assert str(tmp_path).encode() not in file.read_bytes(), file
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# Of 8-bit images against fp32's: the largest difference of one pixel, and the mean over all.
+NEAR = {"bf16": (12, 1.5), "fp16": (2, 0.25)}
+
+
+@pytest.mark.parametrize("latents", ["pixels", "kl"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_narrower_type_is_kept_and_gives_nearly_the_same_image(dtype, latents, tmp_path):
+    """Files in the type, loaded in the type, and loaded in float32: images near those of the fp32 export."""
+    from safetensors.torch import load_file
+
+    from repa_scale.serving import SiTPipeline
+
+    source = tiny_source()
+    if latents == "kl":
+        source = kl_source()
+        source.config.latents.weights = str(save_kl_vae(tmp_path / "vae"))
+    folders = {kind: export(source, tmp_path / kind, dtype=kind) for kind in ("fp32", dtype)}
+    assert json.loads((folders[dtype] / "manifest.json").read_text())["dtype"] == dtype
+    files = list(folders[dtype].rglob("*.safetensors"))
+    assert len(files) == (2 if latents == "kl" else 1)
+    for file in files:
+        assert {tensor.dtype for tensor in load_file(file).values()} == {DTYPES[dtype]}, file
+
+    def drawn(folder, kind):
+        pipe = SiTPipeline.from_pretrained(str(folder), torch_dtype=kind)
+        modules = [pipe.transformer] + ([pipe.vae] if pipe.vae is not None else [])
+        assert {parameter.dtype for module in modules for parameter in module.parameters()} == {kind}
+        return pipe([1, "zebra", None], seed=[3, 4, 5], steps=20, output_type="uint8").images.astype(int)
+
+    exact = drawn(folders["fp32"], torch.float32)
+    assert exact.std() > 5
+    for kind in (DTYPES[dtype], torch.float32):
+        difference = np.abs(drawn(folders[dtype], kind) - exact)
+        print(f"{dtype} files as {kind}, {latents}: largest {difference.max()}, mean {difference.mean():.3f}")
+        assert difference.max() <= NEAR[dtype][0] and difference.mean() <= NEAR[dtype][1]
 
 
 def test_our_own_layout_gives_the_same_pipeline(pipe, tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from repa_scale.export import HASHES, Options
 from repa_scale.export.card import CARD, model_card
 from repa_scale.export.safetensors import write_weights
 from repa_scale.latents import build_latents
+from repa_scale.sizes import LatentSpec
 from repa_scale.trained import Source
 
 USE = """
@@ -39,7 +40,8 @@ def write(source: Source, folder: Path, options: Options) -> dict[str, Any]:
     from repa_scale.serving import SiTPipeline
     from repa_scale.serving.build import empty_transformer, id2label, latent_space, scheduler
 
-    vae = build_latents(source.config, "cpu", torch.float32).vae
+    latents = build_latents(source.config, "cpu", torch.float32)
+    vae = latents.vae
     pipe = SiTPipeline(
         empty_transformer(source.config),
         scheduler(source.config),
@@ -52,10 +54,18 @@ def write(source: Source, folder: Path, options: Options) -> dict[str, Any]:
     pipe.transformer.save_config(folder / "transformer")
     hashes = write_weights(source, folder / "transformer", options, named=WEIGHTS)
     if vae is not None:
+        _describe(vae, latents.spec)
         vae.to(options.torch_dtype).save_pretrained(folder / "vae")
     (folder / CARD).write_text(model_card(source, options, USE))
     return {
         HASHES: {f"transformer/{file}": digest for file, digest in hashes.items()},
-        "vae": (options.vae or source.config.latents.name) if vae is not None else None,
+        "vae": (PurePath(options.vae).name or source.config.latents.name) if vae is not None else None,
         "class_names": len(source.class_names),
     }
+
+
+def _describe(vae: Any, spec: LatentSpec) -> None:
+    """What vae/config.json says: the scale that the model was trained with, and not where the VAE lay here."""
+    vae.register_to_config(_name_or_path="")
+    if len(spec.scale) == len(spec.shift) == 1:  # diffusers' fields hold no channels; our pipeline does not read them
+        vae.register_to_config(scaling_factor=spec.scale[0], shift_factor=spec.shift[0])

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from repa_scale.export import Options
 from repa_scale.export.card import CARD, model_card
-from repa_scale.tensor_file import pieces
+from repa_scale.tensor_file import pieces, rounded
 from repa_scale.trained import Source
 
 FILE = "checkpoint.pt"
@@ -121,5 +121,5 @@ def _mapped(
 ) -> Tensor:
     with path.open("wb") as file:
         for piece in pieces(read, name, shape):
-            file.write(piece.to(dtype).view(torch.uint8).numpy())
+            file.write(rounded(piece, dtype, name).view(torch.uint8).numpy())
     return torch.from_numpy(np.memmap(path, np.uint8, mode="c")).view(dtype).view(shape)

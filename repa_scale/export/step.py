@@ -74,7 +74,7 @@ class Decoder(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         latents = build_latents(config, "cpu", torch.float32)
-        self.vae = latents.vae
+        self.vae = _for_any_batch(latents.vae) if latents.vae is not None else None
         self.register_buffer("scale", latents.scale)
         self.register_buffer("shift", latents.shift)
 
@@ -83,6 +83,18 @@ class Decoder(nn.Module):
         if self.vae is not None:
             x = self.vae.decode(x, return_dict=False)[0]
         return x.expand(-1, 3, -1, -1).contiguous()
+
+
+def _for_any_batch(vae: nn.Module) -> nn.Module:
+    """The VAE with each of diffusers' Upsample2D replaced by its plain equal.
+
+    Theirs asks whether a batch has 64 images or more, so a program traced through it would hold for fewer alone.
+    """
+    for module in list(vae.modules()):
+        for name, child in module.named_children():
+            if type(child).__name__ == "Upsample2D":
+                setattr(module, name, nn.Sequential(nn.Upsample(scale_factor=2.0, mode="nearest"), child.conv))
+    return vae
 
 
 def build_step(source: Source, options: Options) -> GuidedStep:

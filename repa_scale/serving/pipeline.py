@@ -18,15 +18,21 @@ from PIL import Image
 from torch import Tensor
 
 from repa_scale import rng
-from repa_scale.errors import UserError, did_you_mean
+from repa_scale.errors import DataError, UserError, did_you_mean
 from repa_scale.latents import Latents
 from repa_scale.serving.labels import LabelNames
 from repa_scale.serving.scheduler import SiTScheduler
-from repa_scale.serving.settings import check_guidance, check_interval, check_seed, spread
+from repa_scale.serving.settings import check_guidance, check_interval, check_seed, shown, spread
 from repa_scale.serving.transformer import SiTTransformer2DModel
 from repa_scale.sizes import LatentSpec
 
 OUTPUTS = ("pil", "np", "pt", "latent", "uint8")
+PARTS = {  # [module, class] that model_index.json may name
+    "transformer": [["repa_scale.serving.transformer", "SiTTransformer2DModel"]],
+    "scheduler": [["repa_scale.serving.scheduler", "SiTScheduler"]],
+    "vae": [[None, None], ["diffusers", "AutoencoderKL"], ["diffusers", "AutoencoderTiny"]],
+}
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 RANDOM_BITS = 31  # of a seed that nobody chose: short enough to be typed again
 
 
@@ -74,9 +80,15 @@ class SiTPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, source: str, **options: Any) -> SiTPipeline:
-        """As in diffusers. Without the package accelerate, the weights are read in the plain way without a warning."""
+        """As in diffusers, but a folder brings neither code nor pickles.
+
+        Raises:
+            DataError: its model_index.json asks for other classes than ours; diffusers would import them.
+        """
         if not is_accelerate_available():
-            options.setdefault("low_cpu_mem_usage", False)
+            options.setdefault("low_cpu_mem_usage", False)  # otherwise it warns
+        options.setdefault("use_safetensors", True)
+        _check_classes(source, cls.load_config(source, **{k: v for k, v in options.items() if k in HUB_OPTIONS}))
         return super().from_pretrained(source, **options)
 
     @property
@@ -255,6 +267,15 @@ class _Guided:
         times = torch.full((len(states),), t, dtype=torch.float32, device=states.device)
         velocity = self.pipe.transformer(states.float(), times, labels, return_dict=False)[0]
         return self.pipe.scheduler.convert_model_output(velocity, states)
+
+
+def _check_classes(source: str, index: dict[str, Any]) -> None:
+    for part, value in index.items():
+        if isinstance(value, list) and value not in PARTS.get(part, []):
+            raise DataError(
+                f"{source}/model_index.json asks for {part} = {shown(value)}, which is no part of this pipeline; "
+                "nothing of it is loaded: export the run again"
+            )
 
 
 def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:

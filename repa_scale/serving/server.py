@@ -142,8 +142,14 @@ def open_pipeline(folder: str | Path, device: str = "auto", dtype: str = "fp32")
         return pipeline_of(folder).to(device, kind)
     if (folder / MANIFEST).is_file():  # diffusers' own save_pretrained writes none
         read_sealed(folder)
+    from diffusers.utils import logging as diffusers_logging
+
+    diffusers_logging.disable_progress_bar()  # what is wrong is told in one line
+    diffusers_logging.set_verbosity(logging.CRITICAL)
     try:
         pipe = SiTPipeline.from_pretrained(str(folder), torch_dtype=kind, local_files_only=True)
+    except UserError:
+        raise
     except Exception as error:  # diffusers and safetensors raise many kinds
         raise DataError(f"{folder} cannot be loaded: {reason(error)}; export the run again") from None
     return pipe.to(device)
