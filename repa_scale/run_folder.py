@@ -230,6 +230,11 @@ def log_to_folder(path: Path, rank: int) -> None:
     log.addHandler(handler)
 
 
+def run_of(checkpoint: Path) -> Path | None:
+    """The run folder that a checkpoint's folder lies in; None: it lies elsewhere. Nothing is read."""
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else None
+
+
 def read_incidents(path: Path) -> list[dict]:
     """The objects of incidents.jsonl, in their order."""
     try:

@@ -23,6 +23,7 @@ from repa_scale.errors import ConfigError, DataError
 from repa_scale.models import build_sit, position_table_of
 from repa_scale.models.sit import SiT
 from repa_scale.models.weights import EXPORT_CONFIG, backbone_names, check_names, open_weights
+from repa_scale.run_folder import run_of
 from repa_scale.sealed import form_of, read_sealed
 from repa_scale.sizes import backbone, token_grid
 from repa_scale.tensor_file import Read
@@ -162,7 +163,7 @@ def _from_checkpoint(folder: Path, weights: str) -> Source:
         facts = {key: reader.manifest[key] for key in FACTS}
     except (KeyError, TypeError) as error:
         raise DataError(f"{folder / MANIFEST} lacks {error}; it was made by another version of repa_scale") from None
-    run = folder.parent.parent if folder.parent.name == "checkpoints" else None
+    run = run_of(folder)
     facts |= {
         "checkpoint": reader.manifest.get("checksum") or checksum_file(folder / MANIFEST, "sha256"),  # 1 had no seal
         "data_fingerprint": reader.manifest.get("identity", {}).get("data.fingerprint"),

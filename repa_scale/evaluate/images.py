@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     if ranks.world_size > 1:
         ranks.start()
     sidecar = read_sidecar(Path(args.source)) if ranks.is_main else {}
-    run_folder = find_run(args.run, sidecar)
+    run_folder = find_run(args.run, str(sidecar.get("source") or ""))
     step = step_of(args.step, sidecar) if run_folder is not None and ranks.is_main else 0
     extractor = _build(args, ranks)
 

@@ -18,6 +18,7 @@ from repa_scale.errors import ConfigError, DataError, ExitCode, UserError, requi
 from repa_scale.evaluate.hidden import Asked, Measured, Subject
 from repa_scale.evaluate.pictures import Pictures, Seen, blocks, choose, open_pictures, seen
 from repa_scale.evaluate.representation_page import FORMAT, print_tables, write
+from repa_scale.evaluate.results import find_run
 from repa_scale.evaluate.sections import Gathered, sections
 from repa_scale.ranks import Ranks
 from repa_scale.rng import fingerprint
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     if weights := getattr(args, "weights", ""):
         raise ConfigError(f"--weights {weights} is of samples; give --model-weights ema or raw, or --encoder-weights")
     trained = load_trained(args.source, args.model_weights)
-    home = run_of(trained, args.run)
+    home = find_run(args.run, trained.facts["source"])
     out = _out(args.out, home, trained)
     pictures = open_pictures(args.data, trained.config.data.image_size)
     asked = _asked(args, trained, pictures)
@@ -89,16 +90,6 @@ def run(args: argparse.Namespace) -> int:
     finally:
         ranks.leave()
     return ExitCode.COMPLETED
-
-
-def run_of(trained: Trained, given: str | None) -> Path | None:
-    """The run folder that the figures belong to; None: an export, or a checkpoint that was moved."""
-    if given:
-        if not (Path(given) / "config.yaml").is_file():
-            raise ConfigError(f"--run {given} is not a run folder (no config.yaml); give a run.dir")
-        return Path(given)
-    checkpoint = Path(trained.facts["source"])
-    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else None
 
 
 def _measure(
