@@ -14,7 +14,7 @@ import torch
 
 from repa_scale.alignment import build_terms
 from repa_scale.checkpoint import step_folder
-from repa_scale.errors import ConfigError, DataError, ExitCode, UserError, require
+from repa_scale.errors import ConfigError, DataError, ExitCode, UserError
 from repa_scale.evaluate.hidden import Asked, Measured, Subject
 from repa_scale.evaluate.pictures import Pictures, Seen, blocks, choose, open_pictures, seen
 from repa_scale.evaluate.representation_page import FORMAT, print_tables, write
@@ -22,6 +22,7 @@ from repa_scale.evaluate.results import find_run
 from repa_scale.evaluate.sections import Gathered, sections
 from repa_scale.ranks import Ranks
 from repa_scale.rng import fingerprint
+from repa_scale.run_folder import training_set
 from repa_scale.sizes import backbone, encoder_spec
 from repa_scale.trained import KINDS, Trained, load_trained
 
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     ranks = Ranks.from_environment(args.device)
     ranks.start()
     try:
-        folder = args.trained_on or _training_set(home)
+        folder = args.trained_on or (training_set(home) if home else "")
         known = seen(pictures, trained.config, trained.facts["identity_hash"], folder, bool(args.trained_on))
         chosen = choose(pictures, args.images, known if args.unseen else None)
         _check_sizes(args, asked, trained, len(chosen), ranks.world_size)
@@ -175,15 +176,6 @@ def _check_sizes(args: argparse.Namespace, asked: Asked, trained: Trained, count
             f"the mean tokens of {count} images at {len(asked.depths)} depths and {len(asked.times)} times take "
             f"{needed / 2**30:.0f} GiB a process, more than {MEMORY >> 30}; name fewer --depths, --times or --images"
         )
-
-
-def _training_set(home: Path | None) -> str:
-    """data.path of the run; empty where that is not known. A checkpoint alone does not say it."""
-    yaml = require("yaml", "train")
-    try:
-        return str(yaml.safe_load((home / "config.yaml").read_text())["data"]["path"]) if home else ""
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
-        return ""
 
 
 def _describe(pictures: Pictures, ids: torch.Tensor, known: Seen) -> dict[str, Any]:
