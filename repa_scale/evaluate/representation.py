@@ -5,8 +5,6 @@ how well it denoises images that it was not trained on. docs/representation.md d
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from repa_scale.evaluate.pictures import Pictures, Seen, blocks, choose, open_pi
 from repa_scale.evaluate.representation_page import FORMAT, print_tables, write
 from repa_scale.evaluate.results import find_run
 from repa_scale.evaluate.sections import Gathered, sections
+from repa_scale.progress import counter, progress_bar
 from repa_scale.ranks import Ranks
 from repa_scale.rng import fingerprint
 from repa_scale.run_folder import training_set
@@ -99,10 +98,11 @@ def _measure(
     """Whatever goes wrong on one rank is said by all: none waits for another that has left."""
     measured, problem = {}, None
     mine = len(range(0, len(chosen), batch)[ranks.rank :: ranks.world_size])
-    with _progress(mine * asked.passes, ranks.is_main) as advance:
+    with progress_bar(ranks.is_main) as bar:
+        done = counter(bar, "measuring", mine * asked.passes)
         try:
             for block in blocks(pictures, chosen, batch, ranks.rank, ranks.world_size):
-                measured[block.number] = subject.measure(block, asked, advance)
+                measured[block.number] = subject.measure(block, asked, lambda: done(1))
         except UserError as error:
             problem = str(error)
     if problems := [text for text in ranks.gather_objects(problem) if text]:
@@ -206,14 +206,3 @@ def _out(given: str | None, home: Path | None, trained: Trained) -> Path:
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be written ({error.strerror}); choose another place") from None
     return out
-
-
-@contextmanager
-def _progress(total: int, show: bool) -> Iterator[Callable[[], None]]:
-    """A function that moves the bar on by one forward pass."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not show, transient=True) as bar:
-        task = bar.add_task("measuring", total=total)
-        yield lambda: bar.advance(task)
