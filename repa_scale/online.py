@@ -5,9 +5,6 @@ The values go to RUN/evaluations.jsonl (evaluations.py); whole evaluations of a 
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -24,16 +21,17 @@ from repa_scale.engine import Engine
 from repa_scale.errors import ConfigError, DataError
 from repa_scale.evaluations import Evaluation
 from repa_scale.extractors import Extractor, build_extractor
-from repa_scale.files import write_atomically
 from repa_scale.latents import Latents
 from repa_scale.metrics.bootstrap import Estimate, by_resampling
 from repa_scale.metrics.frechet import Moments, frechet_with_slope, influence
 from repa_scale.ranks import Ranks
 from repa_scale.rng import permutation
 from repa_scale.sample_grid import Stopped, draw_blocks, in_order
+from repa_scale.statistics_file import read_statistics, statistics_name, write_statistics
 
 SEED = 0  # of the samples' noise and of the choice of real images: the same for all runs, whatever their own seed
 FOLDER = "statistics"  # of the real images, in the data set's folder, or in the run's where that can't be written
+PART = "pool"  # of the features: what an extractor gives when it is called
 IMAGES_AT_ONCE = 32  # of the real images
 
 log = logging.getLogger("repa_scale")
@@ -150,9 +148,9 @@ class OnlineEvaluation:
         if ranks.is_main:
             try:
                 if extractor.name not in self._references:
-                    stored = self._stored(extractor)
-                    if stored is not None:
-                        self._references[extractor.name] = stored
+                    found = self._known(extractor)
+                    if found is not None:
+                        self._references[extractor.name] = found
                 known = extractor.name in self._references
             except ConfigError as error:
                 problem = error
@@ -193,40 +191,41 @@ class OnlineEvaluation:
             return None
 
     def _files(self, extractor: Extractor) -> list[Path]:
-        """Where the statistics may lie, the best place first; the name changes with all that they depend on."""
-        essence = [self.dataset.fingerprint, extractor.fingerprint, self.config.evaluate.reference_count]
-        key = hashlib.sha256(json.dumps(essence).encode()).hexdigest()[:12]
-        homes = (self.dataset.path, Path(self.config.run.dir))
-        return [home / FOLDER / f"{extractor.name}_{key}.npz" for home in homes]
+        """Where the statistics may lie, the best place first."""
+        essence = (self.dataset.fingerprint, extractor.fingerprint, self.config.evaluate.reference_count)
+        name = statistics_name(extractor.name, *essence)
+        return [home / FOLDER / name for home in (self.dataset.path, Path(self.config.run.dir))]
 
-    def _stored(self, extractor: Extractor) -> Moments | None:
-        own = self.config.evaluate.reference
-        for path in [Path(own)] if own else self._files(extractor):
-            try:
-                with np.load(path, allow_pickle=False) as file:
-                    mean, covariance = torch.from_numpy(file["mu"]), torch.from_numpy(file["sigma"])
-                    if covariance.shape != (len(mean), len(mean)):
-                        raise ValueError("sigma is no square of mu's length")
-                    count = int(file["count"]) if "count" in file else 10 * len(mean)
-                    return Moments.from_covariance(count, mean, covariance)
-            except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
-                if own:
-                    raise ConfigError(
-                        f"evaluate.reference={own} cannot be read ({error}); give an .npz with mu and sigma, or leave "
-                        "it out for the run's own data"
-                    ) from None
-        return None
+    def _known(self, extractor: Extractor) -> Moments | None:
+        if own := self.config.evaluate.reference:
+            return _read_reference(own)
+        found = (read_statistics(file) for file in self._files(extractor))
+        return next((moments[PART] for moments, _ in filter(None, found)), None)
 
     def _store(self, extractor: Extractor, moments: Moments) -> None:
-        buffer = io.BytesIO()
-        np.savez(buffer, mu=moments.mean.numpy(), sigma=moments.covariance.numpy(), count=moments.count)
         for path in self._files(extractor):
             try:
                 path.parent.mkdir(exist_ok=True)
-                write_atomically(path, buffer.getvalue())
+                write_statistics(path, {PART: moments}, {})
                 return
             except OSError as error:
                 log.info("evaluation: %s cannot be written (%s)", path, error)
+
+
+def _read_reference(path: str) -> Moments:
+    """Of `evaluate.reference`: mu and sigma, and `count` where the file says it."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            mean, covariance = torch.from_numpy(file["mu"]), torch.from_numpy(file["sigma"])
+            if covariance.shape != (len(mean), len(mean)):
+                raise ValueError("sigma is no square of mu's length")
+            count = int(file["count"]) if "count" in file else 10 * len(mean)
+            return Moments.from_covariance(count, mean, covariance)
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        raise ConfigError(
+            f"evaluate.reference={path} cannot be read ({error}); give an .npz with mu and sigma, or leave it out for "
+            "the run's own data"
+        ) from None
 
 
 def _distance(sampled: Tensor, reference: Moments) -> Estimate:

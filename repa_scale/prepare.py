@@ -26,6 +26,7 @@ from repa_scale.errors import ConfigError, DataError, ExitCode, UserError
 from repa_scale.features import FeatureNetworks, parse_network, plan_features
 from repa_scale.object_store import is_url
 from repa_scale.pictures import save_sheet
+from repa_scale.progress import counter, progress_bar
 from repa_scale.ranks import Ranks
 
 EXAMPLE = "repa-scale prepare path/to/imagenet/train --out data/imagenet256 --size 256"
@@ -105,13 +106,10 @@ def _prepare(args: argparse.Namespace, ranks: Ranks) -> int:
 def _ingest(args, source: Source, out: Path, recipe: Recipe, networks, ranks: Ranks, bucket) -> dict[str, Any] | None:
     if not ranks.is_main:
         return ingest(source, out, recipe, args.workers, _nothing, features=networks, group=ranks, store=bucket)
-    with _progress() as bar:
+    with progress_bar() as bar:
         total = sum(len(items) for _, items in parts_of(source, recipe, ranks))
-        task = bar.add_task(f"preparing {source.name}", total=total)
-        return ingest(
-            source, out, recipe, args.workers, lambda count: bar.advance(task, count),
-            features=networks, group=ranks, store=bucket,
-        )  # fmt: skip
+        done = counter(bar, f"preparing {source.name}", total)
+        return ingest(source, out, recipe, args.workers, done, features=networks, group=ranks, store=bucket)
 
 
 def _claim(bucket: Bucket, job: dict[str, Any], ranks: Ranks) -> None:
@@ -201,7 +199,7 @@ def _check(folder: Path, sample: int | None) -> int:
     """Every hash, and every sample or some: all problems are listed."""
     if sample is not None and sample < 1:
         raise ConfigError(f"--sample {sample} must be at least 1")
-    with _progress() as bar:
+    with progress_bar() as bar:
         task = bar.add_task("checking", total=None)
         dataset, found = check_set(folder, sample, lambda done, total: bar.update(task, completed=done, total=total))
     if len(found.problems) == 1:
@@ -258,13 +256,6 @@ def _picture(dataset: DataSet, path: Path) -> None:
 
 def _nothing(*_: object) -> None:
     pass
-
-
-def _progress():
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns)
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from repa_scale import evaluations
-from repa_scale.errors import ConfigError, UserError
+from repa_scale.errors import ConfigError, UserError, require
 from repa_scale.files import write_atomically
 from repa_scale.lease import holder_now, look, read_lease, take_lease
 from repa_scale.redact import RedactedFormatter, redacted
@@ -228,6 +228,24 @@ def log_to_folder(path: Path, rank: int) -> None:
     handler.setFormatter(RedactedFormatter("%(asctime)s %(levelname)s %(message)s"))
     handler.handleError = lambda record: None  # on a full disk: the console has it too
     log.addHandler(handler)
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """The run folder that a checkpoint's folder lies in; None: it lies elsewhere. Nothing is read."""
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else None
+
+
+def training_set(path: Path) -> str:
+    """`data.path` of RUN/config.yaml; empty where that is not known. A checkpoint alone does not say it.
+
+    Raises:
+        UserError: PyYAML is not installed.
+    """
+    yaml = require("yaml", "train")
+    try:
+        return str(yaml.safe_load((path / "config.yaml").read_text())["data"]["path"])
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+        return ""
 
 
 def read_incidents(path: Path) -> list[dict]:

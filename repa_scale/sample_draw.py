@@ -16,6 +16,7 @@ from repa_scale.config import SampleConfig
 from repa_scale.errors import DataError, UserError
 from repa_scale.health import StopRequest
 from repa_scale.latents import Latents
+from repa_scale.progress import progress_bar
 from repa_scale.ranks import Ranks
 from repa_scale.sample_blocks import Blocks
 from repa_scale.sample_recipe import Recipe
@@ -163,15 +164,10 @@ def _progress(blocks: Blocks, show: bool) -> Iterator[Callable[[], None]]:
     if not show:
         yield lambda: None
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
     began, first = time.monotonic(), blocks.finished()
     told = looked = began
     total = blocks.recipe.count
-    columns = ("drawing", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), "left", TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with progress_bar() as bar:
         task = bar.add_task("drawing", total=total, completed=first)
 
         def look() -> None:
@@ -183,7 +179,7 @@ def _progress(blocks: Blocks, show: bool) -> Iterator[Callable[[], None]]:
             with suppress(OSError):
                 done = blocks.finished()
                 bar.update(task, completed=done)
-                if not console.is_terminal and now - told >= TELL_SECONDS and done > first:
+                if bar.disable and now - told >= TELL_SECONDS and done > first:
                     told = now
                     rate = (done - first) / (now - began)
                     left = (total - done) / rate / 60

@@ -19,10 +19,11 @@ from torch import Tensor
 from repa_scale.checkpoint import MANIFEST, CheckpointReader, list_checkpoints
 from repa_scale.checksums import checksum_file
 from repa_scale.config import Config, from_dict
-from repa_scale.errors import ConfigError, DataError
+from repa_scale.errors import ConfigError, DataError, UserError
 from repa_scale.models import build_sit, position_table_of
 from repa_scale.models.sit import SiT
 from repa_scale.models.weights import EXPORT_CONFIG, backbone_names, check_names, open_weights
+from repa_scale.run_folder import run_of, training_set
 from repa_scale.sealed import form_of, read_sealed
 from repa_scale.sizes import backbone, token_grid
 from repa_scale.tensor_file import Read
@@ -162,7 +163,7 @@ def _from_checkpoint(folder: Path, weights: str) -> Source:
         facts = {key: reader.manifest[key] for key in FACTS}
     except (KeyError, TypeError) as error:
         raise DataError(f"{folder / MANIFEST} lacks {error}; it was made by another version of repa_scale") from None
-    run = folder.parent.parent if folder.parent.name == "checkpoints" else None
+    run = run_of(folder)
     facts |= {
         "checkpoint": reader.manifest.get("checksum") or checksum_file(folder / MANIFEST, "sha256"),  # 1 had no seal
         "data_fingerprint": reader.manifest.get("identity", {}).get("data.fingerprint"),
@@ -217,15 +218,10 @@ def _class_names(run: Path | None) -> tuple[str, ...]:
     """Those of the data set that RUN/config.yaml names, if it is still there."""
 
     def names(folder: Path) -> tuple[str, ...]:
-        import yaml
-
         from repa_scale.data.manifest import read_manifest
 
-        try:
-            told = yaml.safe_load((folder / "config.yaml").read_text())
-        except yaml.YAMLError as error:
-            raise DataError(f"{folder / 'config.yaml'} is damaged ({error})") from None
-        return tuple(read_manifest(Path(told["data"]["path"]))["class_names"])
+        path = training_set(folder)
+        return tuple(read_manifest(Path(path))["class_names"]) if path else ()
 
     return _told(run, names) or ()
 
@@ -234,5 +230,5 @@ def _told(run: Path | None, ask: Callable[[Path], Any]) -> Any:
     """What a file of the run folder says; None: there is no such file, or it does not say."""
     try:
         return None if run is None else ask(run)
-    except (OSError, ValueError, KeyError, TypeError, DataError, ImportError):
+    except (OSError, ValueError, KeyError, TypeError, UserError):
         return None

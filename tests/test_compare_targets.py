@@ -7,7 +7,8 @@ import pytest
 from scipy.stats import binom, t
 from sklearn.isotonic import isotonic_regression
 
-from repa_scale.compare.targets import CONFIDENCE, Curve, falling, reach, speed_up, student
+from repa_scale.compare.targets import Curve, falling, reach, speed_up, student
+from repa_scale.metrics import CONFIDENCE
 
 STEPS = np.linspace(25_000, 400_000, 16)
 TRUTH = 2.0

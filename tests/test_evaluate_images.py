@@ -155,7 +155,7 @@ def test_a_run_can_be_named_for_samples_from_elsewhere(run_folder, place, capsys
     (place / "samples.json").unlink()
     words = ["samples.npz", "--reference", "reference.npz", "--metrics", "fd"]
     assert "add --step" in refused(capsys, *words, "--run", run_folder)
-    assert "is no run folder" in refused(capsys, *words, "--run", place, "--step", 9)
+    assert "is not a run folder" in refused(capsys, *words, "--run", place, "--step", 9)
     assert cli.main(["evaluate", *words, "--run", str(run_folder), "--step", "9"]) == 0
     assert [one.step for one in evaluations.read(run_folder)] == [9]
 

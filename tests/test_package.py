@@ -34,6 +34,7 @@ FORBIDDEN = {
     "kernels": {"repa_scale.models", "repa_scale.objective", "deepspeed"},
     "interpolant": {"repa_scale.models", "repa_scale.alignment"},
     "metrics": {"repa_scale.models", "repa_scale.data", "repa_scale.extractors", "repa_scale.evaluate", "scipy"},
+    "statistics_file": {"repa_scale.engine", "repa_scale.data", "repa_scale.extractors", "repa_scale.evaluate"},
     "extractors": {"repa_scale.engine", "repa_scale.data", "repa_scale.evaluate", "deepspeed", "hydra", "mlflow"},
     "models": {"repa_scale.engine", "repa_scale.data", "deepspeed", "hydra", "mlflow"},
     "encoders": {"repa_scale.engine", "repa_scale.data", "deepspeed", "hydra", "mlflow"},

@@ -9,10 +9,11 @@ import numpy as np
 
 from repa_scale.compare.cost import AXES, OF_TIME, STEPS, Spent, mean_cost
 from repa_scale.compare.groups import Groups, Variant
-from repa_scale.compare.targets import NORMAL, Curve, SpeedUp, speed_up
+from repa_scale.compare.targets import Curve, SpeedUp, speed_up
 from repa_scale.compare.validity import Difference, circular, evaluator_differences
 from repa_scale.errors import DataError
 from repa_scale.evaluations import Evaluation
+from repa_scale.metrics import NORMAL
 
 HELD_OUT = "denoising_loss_held_out"
 LEVELS = 8  # quality levels of the curve of speed-ups, evenly between the first and the last that both reached

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-CONFIDENCE = 0.95
-NORMAL = 1.959964  # of CONFIDENCE, two-sided
+from repa_scale.metrics import NORMAL
+
 DRAWS = 200  # of the errors of the samples
 # Student's t of CONFIDENCE, two-sided, for 1, 2, ... 30 degrees of freedom.
 STUDENT = (

@@ -9,7 +9,8 @@ import threading
 from dataclasses import dataclass
 
 from repa_scale.doctor.finding import FAIL, OK, WARN, Finding
-from repa_scale.doctor.nodes import events, start
+from repa_scale.doctor.nodes import start
+from repa_scale.launch.remote import events
 
 PATIENCE = 150.0  # seconds for the whole test
 LATENCY = 5e-3  # seconds there and back of a small message: beyond it nodes do not share a cluster's network
@@ -103,7 +104,7 @@ def run(
         return process
 
     def listen(node: int, process: subprocess.Popen) -> None:
-        for event in events(process):
+        for event in events(process.stdout):
             if event["event"] == "came":
                 came.add(node)
             elif event["event"] == "measured":
@@ -116,7 +117,7 @@ def run(
     timer.start()
     try:
         first = begin(0, 0)
-        port = next((event["port"] for event in events(first) if event["event"] == "port"), None)
+        port = next((event["port"] for event in events(first.stdout) if event["event"] == "port"), None)
         threads = [threading.Thread(target=listen, args=(0, first))]
         if port is not None:
             threads += [threading.Thread(target=listen, args=(n, begin(n, port))) for n in range(1, len(hosts))]

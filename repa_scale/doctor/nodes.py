@@ -5,19 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shlex
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 from repa_scale.doctor.finding import FAIL, Finding, Look
-from repa_scale.launch.channel import SSH
 from repa_scale.launch.environment import plain
+from repa_scale.launch.remote import events, last_words, python_on
 
 CLOCK_QUESTIONS = 5
 AT_ONCE = 64  # ssh connections
@@ -75,7 +74,7 @@ def ask(host: str, look: Look, patience: float) -> Answer:
         raise OSError
     except (OSError, ValueError):
         hung = not timer.is_alive()
-        found = f"no answer in {patience:.0f} s" if hung else f"it ended: {_last_words(process)}"
+        found = f"no answer in {patience:.0f} s" if hung else f"it ended: {last_words(process.stderr)}"
         remedy = "a file system or driver that hangs is the usual reason: try it by hand on the node"
         answer.findings = [Finding(doing, FAIL, found, remedy, answer.node)]
         return answer
@@ -88,17 +87,9 @@ def ask(host: str, look: Look, patience: float) -> Answer:
 
 
 def start(host: str, module: str, stdin: int, *words: str, variables: Sequence[str] = ()) -> subprocess.Popen:
-    """`python -m module words` on a node: the same Python, at the same path; not where a folder of its name could lie.
-
-    Args:
-        variables: `NAME=VALUE` for its environment; nothing secret, for the command line is seen by everyone.
-    """
-    command = [sys.executable, "-u", "-m", module, *words]
-    if host:
-        path = [f"PYTHONPATH={os.environ['PYTHONPATH']}"] if "PYTHONPATH" in os.environ else []
-        command = [*SSH, host, f"cd / && exec {shlex.join(['env', *path, *variables, *command])}"]
+    """`python -m module words` on a node (launch/remote.py), with pipes for what it says."""
     return subprocess.Popen(
-        command,
+        python_on(host, module, *words, variables=variables),
         env=plain(os.environ) if host else None,
         stdin=stdin,
         stdout=subprocess.PIPE,
@@ -110,7 +101,7 @@ def start(host: str, module: str, stdin: int, *words: str, variables: Sequence[s
 def _unreached(answer: Answer, host: str, process: subprocess.Popen, timer: threading.Timer) -> Answer:
     hung = not timer.is_alive()
     process.kill()
-    words = "no answer" if hung else _last_words(process)
+    words = "no answer" if hung else last_words(process.stderr)
     remedy = f"ssh {host} true must work without a question: its name, its key in known_hosts, yours in authorized_keys"
     if process.wait() not in (255, -9):
         remedy = f"the same Python must be on every node: {sys.executable} with repa-scale installed"
@@ -136,23 +127,6 @@ def _tell(process: subprocess.Popen, **words: object) -> None:
     process.stdin.flush()
 
 
-def events(process: subprocess.Popen) -> Iterator[dict]:
-    """Lines of a process that are events. Greetings of a log-in shell are passed over."""
-    for line in process.stdout:
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict) and "event" in event:
-            yield event
-
-
 def _event(process: subprocess.Popen) -> dict | None:
     """The next event; None: there will be none."""
-    return next(events(process), None)
-
-
-def _last_words(process: subprocess.Popen) -> str:
-    lines = [line.strip() for line in process.stderr.read().decode(errors="replace").splitlines() if line.strip()]
-    lines = [line for line in lines if not line.startswith("Warning: Permanently added")]
-    return lines[-1] if lines else "no reason given"
+    return next(events(process.stdout), None)

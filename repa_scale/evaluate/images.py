@@ -4,8 +4,7 @@ and lines of RUN/evaluations.jsonl. The metrics themselves: repa_scale/metrics/.
 from __future__ import annotations
 
 import argparse
-import contextlib
-from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,6 +30,7 @@ from repa_scale.metrics.frechet import frechet_with_slope, influence
 from repa_scale.metrics.inception_score import inception_score
 from repa_scale.metrics.kid import kernel_distance
 from repa_scale.metrics.precision_recall import NEIGHBOURS, precision_recall
+from repa_scale.progress import counter, progress_bar
 from repa_scale.ranks import Ranks
 
 ROWS = 4096  # features at a time in float64
@@ -59,16 +59,16 @@ def run(args: argparse.Namespace) -> int:
     if ranks.world_size > 1:
         ranks.start()
     sidecar = read_sidecar(Path(args.source)) if ranks.is_main else {}
-    run_folder = find_run(args.run, sidecar)
+    run_folder = find_run(args.run, str(sidecar.get("source") or ""))
     step = step_of(args.step, sidecar) if run_folder is not None and ranks.is_main else 0
     extractor = _build(args, ranks)
 
-    with _progress(ranks.is_main) as progress:
+    with progress_bar(ranks.is_main) as bar:
         wanted = Wanted(images.size, any(KINDS[kind][2] for kind in kinds), args.batch, cache)
-        reference = load_reference(path, extractor, ranks, wanted, progress)
+        reference = load_reference(path, extractor, ranks, wanted, partial(counter, bar))
         kinds = _possible(kinds, reference, ranks, asked=bool(args.metrics))
         parts = {part: None for kind in kinds for part in KINDS[kind][1]}
-        done = progress(f"features of {images.name}", images.count)
+        done = counter(bar, f"features of {images.name}", images.count)
         samples = collect(images, extractor, ranks, args.batch, parts, done)
         estimates = measure(kinds, samples, reference, ranks.device) if ranks.is_main else {}
 
@@ -174,20 +174,3 @@ def _build(args: argparse.Namespace, ranks: Ranks) -> Extractor:
     if ranks.local_rank == 0:
         ranks.barrier()
     return extractor
-
-
-@contextlib.contextmanager
-def _progress(show: bool) -> Iterator[Callable[[str, int], Callable[[int], object]]]:
-    """(what, how many) -> a function to call with what is done since; a bar with the remaining time on a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not (show and console.is_terminal), transient=True) as bar:
-
-        def start(what: str, total: int) -> Callable[[int], object]:
-            task = bar.add_task(what, total=total)
-            return lambda done: bar.advance(task, done)
-
-        yield start

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from repa_scale.checksums import checksum_bytes, checksum_file, default_algorithm
+from repa_scale.checksums import checksum_file, default_algorithm
 from repa_scale.errors import ConfigError, DataError
 from repa_scale.evaluate.features import Features, collect
 from repa_scale.evaluate.image_sets import ImageSet, npz_array, npz_arrays, open_images
 from repa_scale.extractors import Extractor
-from repa_scale.files import write_atomically
 from repa_scale.metrics.frechet import Moments
 from repa_scale.ranks import Ranks
+from repa_scale.statistics_file import read_statistics, statistics_name, write_statistics
 
-VERSION = 1  # of the cache's files
 FEATURES = 10_000  # of a reference that are kept, for the metrics of neighbours and kernels; as many as ADM's batches
 SUITE = "https://github.com/openai/guided-diffusion/tree/main/evaluations"
 NAMED = {
@@ -152,62 +149,20 @@ def _cached(
     fingerprint, found = "", None
     if ranks.is_main:
         fingerprint = images.fingerprint()
-        key = checksum_bytes(f"{VERSION} {FEATURES} {fingerprint} {extractor.fingerprint}".encode(), "sha256")[7:39]
-        file = wanted.cache / f"reference_{key}.npz"
-        found = _read(file, images, fingerprint)
+        file = wanted.cache / statistics_name("reference", FEATURES, fingerprint, extractor.fingerprint)
+        found = read_statistics(file)
     if ranks.broadcast_object(found is not None):
-        return found or Features(images.name, fingerprint, images.count)
+        return Features(images.name, fingerprint, images.count, *(found or ()))
     chosen = torch.randperm(images.count, generator=torch.Generator().manual_seed(0))[:FEATURES].sort().values
     done = progress(f"features of {images.name}", images.count)
     made = collect(images, extractor, ranks, wanted.batch, {"pool": chosen}, done, fingerprint)
     if ranks.is_main:
-        _write(file, made)
-    return made
-
-
-def _write(file: Path, made: Features) -> None:
-    """All or nothing; a cache that cannot be written costs time and no result."""
-    arrays = {f"kept_{part}": rows.numpy() for part, rows in made.kept.items()}
-    for part, moments in made.moments.items():
-        arrays |= {f"mean_{part}": moments.mean.cpu().numpy(), f"scatter_{part}": moments.scatter.cpu().numpy()}
-    checksum = _checksum(arrays)
-    head = {"version": VERSION, "checksum": checksum, "count": made.count, "name": made.name}
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(f".tmp-{os.getpid()}.npz")
         try:
-            np.savez(temporary, **arrays)
-            write_atomically(file.with_suffix(".json"), json.dumps(head, indent=1) + "\n")
-            temporary.replace(file)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        log.warning("the statistics of %s are not cached: %s", made.name, error)
-
-
-def _read(file: Path, images: ImageSet, fingerprint: str) -> Features | None:
-    """What `_write` wrote; None: it is not there, or is not whole, and then it is made again."""
-    try:
-        head = json.loads(file.with_suffix(".json").read_text())
-        arrays = {name: npz_array(file, name) for name in npz_arrays(file)}
-    except (OSError, DataError, ValueError):
-        if file.exists():
-            log.warning("%s is damaged; its statistics are made again", file)
-        return None
-    if head.get("checksum") != _checksum(arrays) or head.get("count") != images.count:
-        log.warning("%s is damaged; its statistics are made again", file)
-        return None
-    tensors = {name: torch.from_numpy(value) for name, value in arrays.items()}
-    parts = [name.removeprefix("mean_") for name in tensors if name.startswith("mean_")]
-    moments = {part: Moments(images.count, tensors[f"mean_{part}"], tensors[f"scatter_{part}"]) for part in parts}
-    kept = {name.removeprefix("kept_"): rows for name, rows in tensors.items() if name.startswith("kept_")}
-    return Features(images.name, fingerprint, images.count, moments, kept)
-
-
-def _checksum(arrays: dict[str, np.ndarray]) -> str:
-    algorithm = default_algorithm()
-    parts = [f"{name} {checksum_bytes(arrays[name].tobytes(), algorithm)}" for name in sorted(arrays)]
-    return checksum_bytes("\n".join(parts).encode(), algorithm)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_statistics(file, made.moments, made.kept)
+        except OSError as error:  # costs time and no result
+            log.warning("the statistics of %s are not cached: %s", made.name, error)
+    return made
 
 
 def _by(size: tuple[int, int]) -> str:

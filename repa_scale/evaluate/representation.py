@@ -5,8 +5,6 @@ how well it denoises images that it was not trained on. docs/representation.md d
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +12,16 @@ import torch
 
 from repa_scale.alignment import build_terms
 from repa_scale.checkpoint import step_folder
-from repa_scale.errors import ConfigError, DataError, ExitCode, UserError, require
+from repa_scale.errors import ConfigError, DataError, ExitCode, UserError
 from repa_scale.evaluate.hidden import Asked, Measured, Subject
 from repa_scale.evaluate.pictures import Pictures, Seen, blocks, choose, open_pictures, seen
 from repa_scale.evaluate.representation_page import FORMAT, print_tables, write
+from repa_scale.evaluate.results import find_run
 from repa_scale.evaluate.sections import Gathered, sections
+from repa_scale.progress import counter, progress_bar
 from repa_scale.ranks import Ranks
 from repa_scale.rng import fingerprint
+from repa_scale.run_folder import training_set
 from repa_scale.sizes import backbone, encoder_spec
 from repa_scale.trained import KINDS, Trained, load_trained
 
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     if weights := getattr(args, "weights", ""):
         raise ConfigError(f"--weights {weights} is of samples; give --model-weights ema or raw, or --encoder-weights")
     trained = load_trained(args.source, args.model_weights)
-    home = run_of(trained, args.run)
+    home = find_run(args.run, trained.facts["source"])
     out = _out(args.out, home, trained)
     pictures = open_pictures(args.data, trained.config.data.image_size)
     asked = _asked(args, trained, pictures)
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     ranks = Ranks.from_environment(args.device)
     ranks.start()
     try:
-        folder = args.trained_on or _training_set(home)
+        folder = args.trained_on or (training_set(home) if home else "")
         known = seen(pictures, trained.config, trained.facts["identity_hash"], folder, bool(args.trained_on))
         chosen = choose(pictures, args.images, known if args.unseen else None)
         _check_sizes(args, asked, trained, len(chosen), ranks.world_size)
@@ -91,26 +92,17 @@ def run(args: argparse.Namespace) -> int:
     return ExitCode.COMPLETED
 
 
-def run_of(trained: Trained, given: str | None) -> Path | None:
-    """The run folder that the figures belong to; None: an export, or a checkpoint that was moved."""
-    if given:
-        if not (Path(given) / "config.yaml").is_file():
-            raise ConfigError(f"--run {given} is not a run folder (no config.yaml); give a run.dir")
-        return Path(given)
-    checkpoint = Path(trained.facts["source"])
-    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else None
-
-
 def _measure(
     subject: Subject, pictures: Pictures, chosen: list[int], asked: Asked, batch: int, ranks: Ranks
 ) -> dict[int, Measured]:
     """Whatever goes wrong on one rank is said by all: none waits for another that has left."""
     measured, problem = {}, None
     mine = len(range(0, len(chosen), batch)[ranks.rank :: ranks.world_size])
-    with _progress(mine * asked.passes, ranks.is_main) as advance:
+    with progress_bar(ranks.is_main) as bar:
+        done = counter(bar, "measuring", mine * asked.passes)
         try:
             for block in blocks(pictures, chosen, batch, ranks.rank, ranks.world_size):
-                measured[block.number] = subject.measure(block, asked, advance)
+                measured[block.number] = subject.measure(block, asked, lambda: done(1))
         except UserError as error:
             problem = str(error)
     if problems := [text for text in ranks.gather_objects(problem) if text]:
@@ -186,15 +178,6 @@ def _check_sizes(args: argparse.Namespace, asked: Asked, trained: Trained, count
         )
 
 
-def _training_set(home: Path | None) -> str:
-    """data.path of the run; empty where that is not known. A checkpoint alone does not say it."""
-    yaml = require("yaml", "train")
-    try:
-        return str(yaml.safe_load((home / "config.yaml").read_text())["data"]["path"]) if home else ""
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
-        return ""
-
-
 def _describe(pictures: Pictures, ids: torch.Tensor, known: Seen) -> dict[str, Any]:
     return {
         "path": pictures.path,
@@ -223,14 +206,3 @@ def _out(given: str | None, home: Path | None, trained: Trained) -> Path:
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be written ({error.strerror}); choose another place") from None
     return out
-
-
-@contextmanager
-def _progress(total: int, show: bool) -> Iterator[Callable[[], None]]:
-    """A function that moves the bar on by one forward pass."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not show, transient=True) as bar:
-        task = bar.add_task("measuring", total=total)
-        yield lambda: bar.advance(task)

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from repa_scale.errors import ConfigError
 from repa_scale.evaluations import Evaluation, append
 from repa_scale.files import write_atomically
+from repa_scale.metrics import NORMAL
 from repa_scale.pictures import save
 from repa_scale.run_folder import read_status
 
@@ -125,7 +126,7 @@ def scalars(result: dict[str, Any], home: Path) -> list[Evaluation]:
             images=section["images"],
         )
     if section := result.get("denoising"):
-        mean, error = section["all"]["mean"], 1.96 * (section["all"]["standard_error"] or 0.0)
+        mean, error = section["all"]["mean"], NORMAL * (section["all"]["standard_error"] or 0.0)
         count = section["data"]["images"]
         add(_loss_name(section), section, mean, count, (mean - error, mean + error), bins=len(section["bins"]))
     return found

@@ -16,6 +16,7 @@ from repa_scale.evaluate.image_sets import ImageSet
 from repa_scale.extractors import Extractor
 from repa_scale.files import write_atomically
 from repa_scale.metrics.bootstrap import Estimate
+from repa_scale.run_folder import run_of
 
 SCHEMA = 1  # of the JSON (docs/evaluation.md)
 SHOWN = {"inception_score": "IS", "fid": "FID", "sfid": "sFID"}
@@ -43,8 +44,11 @@ def read_sidecar(source: Path) -> dict[str, Any]:
     return sidecar
 
 
-def find_run(asked: str | None, sidecar: dict[str, Any]) -> Path | None:
-    """The run that the values belong to: `--run`, or the one whose checkpoint the sidecar names; None: neither is here.
+def find_run(asked: str | None, source: str) -> Path | None:
+    """The run that values belong to: `--run`, or the one that `source` is or is a checkpoint of; None: neither is here.
+
+    Args:
+        source: the folder that the weights were read from; empty: not known.
 
     Raises:
         ConfigError: `--run` is no run folder.
@@ -52,12 +56,11 @@ def find_run(asked: str | None, sidecar: dict[str, Any]) -> Path | None:
     if asked:
         if not (Path(asked) / "config.yaml").is_file():
             raise ConfigError(
-                f"--run {asked} is no run folder (it has no config.yaml); give the run.dir of a training run"
+                f"--run {asked} is not a run folder (it has no config.yaml); give the run.dir of a training run"
             )
         return Path(asked)
-    source = Path(str(sidecar.get("source", "")))
-    folder = source.parent.parent if source.parent.name == "checkpoints" else source
-    return folder if sidecar.get("source") and (folder / "config.yaml").is_file() else None
+    folder = run_of(Path(source)) or Path(source)
+    return folder if source and (folder / "config.yaml").is_file() else None
 
 
 def result_file(source: Path) -> Path:

@@ -14,10 +14,10 @@ from contextlib import suppress
 from typing import Any
 
 from repa_scale.launch.environment import plain
+from repa_scale.launch.remote import events, last_words, python_on
 from repa_scale.processes import start_deaf
 
-SSH = ("ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15")
-GUARD = ("-u", "-m", "repa_scale.launch.guard")
+GUARD = "repa_scale.launch.guard"
 
 
 class NodeError(Exception):
@@ -40,7 +40,7 @@ class Channel:
         self.heard = time.monotonic()
         self.gone = False
         self.process = start_deaf(
-            command(host),
+            python_on(host, GUARD),  # nothing of the job stands in it
             env=plain(os.environ) | _python_path(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -48,7 +48,7 @@ class Channel:
             cwd="/",
             start_new_session=True,  # Ctrl-C is the launcher's business
         )
-        self._errors: list[str] = []
+        self._errors: list[bytes] = []
         self._threads = [threading.Thread(target=target, daemon=True) for target in (self._listen, self._read_errors)]
         for thread in self._threads:
             thread.start()
@@ -73,32 +73,19 @@ class Channel:
     def complaint(self) -> str:
         """The last words of ssh or of the guard's Python."""
         self._threads[1].join(1.0)
-        lines = [line for line in self._errors if line.strip() and not line.startswith("Warning: Permanently added")]
-        return lines[-1].strip() if lines else "no reason given"
+        return last_words(self._errors)
 
     def _listen(self) -> None:
-        for line in self.process.stdout:
+        for event in events(self.process.stdout):
             self.heard = time.monotonic()
-            with suppress(ValueError):  # greetings of a log-in shell
-                event = json.loads(line)
-                if isinstance(event, dict) and event.get("event", "pong") != "pong":  # that one was heard is enough
-                    self.inbox.put((self, event))
+            if event["event"] != "pong":  # that one was heard is enough
+                self.inbox.put((self, event))
         self.gone = True
         self.inbox.put((self, {"event": "gone"}))
 
     def _read_errors(self) -> None:
         for line in self.process.stderr:
-            self._errors = [*self._errors[-20:], line.decode(errors="replace")]
-
-
-def command(host: str) -> list[str]:
-    """What starts a guard; nothing of the job stands in it."""
-    words = [sys.executable, *GUARD]
-    if not host:
-        return words
-    if path := os.environ.get("PYTHONPATH"):
-        words = ["env", f"PYTHONPATH={path}", *words]
-    return [*SSH, host, f"cd / && exec {shlex.join(words)}"]  # not where a folder of the same name could lie
+            self._errors = [*self._errors[-20:], line]
 
 
 def _python_path() -> dict[str, str]:

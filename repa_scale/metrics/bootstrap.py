@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from repa_scale.metrics import CONFIDENCE, NORMAL
+
 RESAMPLES = 1000
-LEVEL = 0.95
-NORMAL = 1.959964  # the normal distribution's 97.5 % point
 CHUNK = 1 << 22  # drawn indices at a time
 
 
@@ -50,7 +50,7 @@ def by_resampling(value: float, influence: Tensor, seed: int = 0, resamples: int
     for part in torch.arange(resamples).split(max(1, CHUNK // count)):
         chosen = torch.randint(count, (len(part), count), generator=generator)
         means.append(influence[chosen].mean(1))
-    edges = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
+    edges = torch.tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], dtype=torch.float64)
     low, high = torch.quantile(torch.cat(means), edges).tolist()
     return Estimate(value, value + low, value + high)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from repa_scale import rng
 from repa_scale.errors import DataError
-from repa_scale.metrics.bootstrap import NORMAL
+from repa_scale.metrics import NORMAL
 
 HELD_OUT, VALIDATION = 0.2, 0.2  # shares of the images: the second is of those that are left, and chooses the penalty
 PENALTIES = tuple(10.0**power for power in range(-5, 3))  # times the identity, beside the features' correlations
