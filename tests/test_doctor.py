@@ -170,7 +170,7 @@ def test_the_processes_of_one_node_reduce_together():
 def test_a_node_that_does_not_join_is_named(monkeypatch):
     """Two nodes here, of which the second's Python ends at once."""
     real = network.start
-    monkeypatch.setattr(network, "PATIENCE", 8.0)
+    monkeypatch.setattr(network, "PATIENCE", 20.0)
     monkeypatch.setattr(
         network,
         "start",
