@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import statistics
 import subprocess
@@ -20,7 +21,9 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,8 @@ GUIDANCE = 1.8
 CLASSES = 1000
 SIZE = 256  # pixels; latents of 32 x 32
 SERVER_BATCH = 8
+TINY = "SiT-Nano/2"
+CROWD = (500, 50)  # requests, clients
 
 Draw = Callable[[int, int], Any]  # (images, steps)
 
@@ -70,6 +75,7 @@ def main() -> None:
             for steps in args.steps:
                 row["cases"].append(case(ways, batch, steps, args.rounds, device))
         row["server"] = server(source, Path(folder), args.server_steps, args.rounds)
+        row["crowd"] = crowd(made_up(TINY, "identity", 32), Path(folder) / "tiny")
     row["goal"] = GOAL
     print(f"written to {write_row('serve', row)}")
 
@@ -94,11 +100,11 @@ def case(ways: dict[str, Draw], batch: int, steps: int, rounds: int, device: str
     return {"batch": batch, "steps": steps, "seconds": medians}
 
 
-def made_up(name: str) -> Source:
+def made_up(name: str, latents: str = "taesd", size: int = SIZE) -> Source:
     """A model of the size asked for with random weights."""
     config = Config(method="baseline")
-    config.model.name, config.model.num_classes, config.data.image_size = name, CLASSES, SIZE
-    config.latents.name, config.latents.weights = "taesd", "random"
+    config.model.name, config.model.num_classes, config.data.image_size = name, CLASSES, size
+    config.latents.name, config.latents.weights = latents, "random"
     weights = build_sit(config).state_dict()
     for key, tensor in weights.items():
         if key != "pos_embed":
@@ -211,23 +217,16 @@ def server(source: Source, folder: Path, steps: int, rounds: int) -> dict[str, f
 
     Both are taken of the same requests, so that what else runs on the machine does not count.
     """
-    out = _once(source, "diffusers", folder)
-    command = [sys.executable, "-m", "repa_scale", "serve", str(out), "--port", "0", "--max-batch", str(SERVER_BATCH)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            url = re.search(r"http://\S+", process.stdout.readline())[0]
-            body = {"class": 1, "n": SERVER_BATCH, "seed": 0, "steps": steps, "guidance": GUIDANCE}
-            _ask(f"{url}/v1/images", body)
-            added, inside = [], []
-            for _ in range(rounds):
-                before, began = _drawing(url), time.perf_counter()
-                _ask(f"{url}/v1/images", body)
-                outside = time.perf_counter() - began
-                inside.append(_drawing(url) - before)
-                added.append(outside - inside[-1])
-        finally:
-            process.terminate()
-            process.wait(60)
+    with serving(_once(source, "diffusers", folder), SERVER_BATCH) as url:
+        body = {"class": 1, "n": SERVER_BATCH, "seed": 0, "steps": steps, "guidance": GUIDANCE}
+        _ask(url, body)
+        added, inside = [], []
+        for _ in range(rounds):
+            before, began = _drawing(url), time.perf_counter()
+            _ask(url, body)
+            outside = time.perf_counter() - began
+            inside.append(_drawing(url) - before)
+            added.append(outside - inside[-1])
     result = {"steps": steps, "pipeline": statistics.median(inside), "added": statistics.median(added)}
     result["overhead"] = result["added"] / result["pipeline"]
     print(
@@ -237,16 +236,57 @@ def server(source: Source, folder: Path, steps: int, rounds: int) -> dict[str, f
     return result
 
 
+def crowd(source: Source, folder: Path) -> dict[str, float]:
+    """Many clients at once, one image a request: how long they wait. Every answer must be the image of its own seed."""
+    requests, clients = CROWD
+    folder.mkdir()
+    with serving(_once(source, "diffusers", folder), 32) as url, ThreadPoolExecutor(clients) as pool:
+        body = {"class": 1, "n": 1, "steps": 2, "guidance": 1.0, "format": "json"}
+
+        def one(seed: int) -> tuple[float, str]:
+            began = time.perf_counter()
+            (image,) = _ask(url, {**body, "seed": seed})
+            assert image["seed"] == seed
+            return time.perf_counter() - began, image["png"]
+
+        one(0)
+        began = time.perf_counter()
+        answers = list(pool.map(one, range(requests)))
+        took = time.perf_counter() - began
+    assert len({png for _, png in answers}) == requests, "an image came twice"
+    waits = sorted(wait for wait, _ in answers)
+    result = {"requests": requests, "clients": clients, "a_second": requests / took}
+    result |= {"p50": statistics.median(waits), "p99": waits[math.ceil(0.99 * requests) - 1]}
+    print(
+        f"{requests} requests of {clients} clients at once, {source.config.model.name}: none lost or doubled, "
+        f"{result['a_second']:.0f} a second, p50 {result['p50']:.2f} s, p99 {result['p99']:.2f} s"
+    )
+    return result
+
+
+@contextmanager
+def serving(folder: Path, batch: int) -> Iterator[str]:
+    """`repa-scale serve` in a process of its own; its address."""
+    command = [sys.executable, "-m", "repa_scale", "serve", str(folder), "--port", "0", "--max-batch", str(batch)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield re.search(r"http://\S+", process.stdout.readline())[0]
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
 def _drawing(url: str) -> float:
     """Seconds that the server has spent in its pipeline so far."""
     text = urllib.request.urlopen(f"{url}/metrics").read().decode()
     return float(re.search(r"^repa_scale_batch_seconds_sum (\S+)$", text, re.MULTILINE)[1])
 
 
-def _ask(url: str, body: dict[str, Any]) -> None:
-    request = urllib.request.Request(url, json.dumps(body).encode())
+def _ask(url: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+    request = urllib.request.Request(f"{url}/v1/images", json.dumps(body).encode())
     answer = json.loads(urllib.request.urlopen(request).read())
     assert len(answer["images"]) == body["n"]
+    return answer["images"]
 
 
 WAYS: dict[str, Callable[[Source, str, Path], Draw]] = {
