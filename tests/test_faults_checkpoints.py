@@ -219,6 +219,14 @@ def test_retention_makes_room_and_keeps_the_only_verified_one(words, tmp_path, c
     assert reader.manifest["metrics"]["loss"] == pytest.approx(mean[12], rel=1e-12)
     assert main(["checkpoints", str(run), "--prune", "--keep-last", "1"]) == 0
     assert [path.name for path in list_checkpoints(run / "checkpoints")] == ["step_00000012"]
+    for step in (14, 16):
+        shutil.copytree(run / "checkpoints" / "step_00000012", run / "checkpoints" / f"step_000000{step}")
+    _flip(run / "checkpoints" / "step_00000016" / "rank_00001_of_00002.safetensors")
+    assert main(["checkpoints", str(run), "--prune", "--keep-last", "1"]) == 64, "a broken one is no newest one"
+    assert [path.name[-2:] for path in list_checkpoints(run / "checkpoints")] == ["14", "16"]
+    for step in (14, 16):
+        (run / "checkpoints" / f"step_000000{step}").rename(run / f"aside_{step}")
+    (run / "aside_14").rename(run / "checkpoints" / "step_00000012")
     _flip(run / "checkpoints" / "step_00000012" / MANIFEST)
     assert main(["checkpoints", str(run), "--prune", "--keep-last", "1"]) == 64
     assert (run / "checkpoints" / "step_00000012" / MANIFEST).exists()
