@@ -110,6 +110,7 @@ def jump_clock(step):
 
     def action(_):
         time.time = lambda: real() + 3600.0
+        time.sleep(1.5)  # in this phase, so that whoever watches it looks at the clock
 
     at_step(step, action, "jump_clock")
 
