@@ -231,7 +231,8 @@ def _png(wish: Wish, image: np.ndarray, labels: LabelNames) -> bytes:
     said = PngImagePlugin.PngInfo()
     said.add_text("repa_scale", json.dumps({**vars(wish), "name": _name(wish, labels)}))
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="PNG", pnginfo=said)
+    # The fastest level: a third of the usual one's time on smooth images, for a sixth more bytes.
+    Image.fromarray(image).save(buffer, format="PNG", pnginfo=said, compress_level=1)
     return buffer.getvalue()
 
 
