@@ -102,9 +102,8 @@ def _evaluate(row: Row) -> Iterator[tuple[str, str, str]]:
         if "half" in case:
             measured = f"{row['of_public_with_guidance_throughout']:.1f} times"
             yield f"drawing samples, {case}: against the public loop, guided throughout", measured, "at least 1.3"
-    elif case.startswith("memory"):
-        extractor = case.removeprefix("memory, ")
-        what = f"peak memory of evaluating {row['images']:,} images of {row['size']} px against as many, {extractor}"
+    elif "peak_gb" in row:
+        what = f"peak {case}, {row['images']:,} images against as many"
         yield what, f"{row['peak_gb']:.1f} GB", "4 GB for 50,000"
     else:
         rate = f" ({row['images_per_second']:.0f} images/s)" if "images_per_second" in row else ""
