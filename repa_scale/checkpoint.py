@@ -13,6 +13,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +30,7 @@ FORMAT_VERSION = 2  # 1 had no checksum of the manifest itself
 KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
 MANIFEST = "manifest.json"
 QUARANTINE = "quarantine"
+READERS = 4  # files that one process verifies at a time
 REASON = "reason.json"  # in a folder in quarantine
 SEAL = re.compile(rb'"checksum": "([\w-]+:\w+)"')  # the first one in a manifest is the manifest's own
 
@@ -202,19 +204,23 @@ class CheckpointReader:
             contents: read the files and compare checksums; False: sizes alone.
             share, of: look at part `share` of `of` parts of the files.
         """
-        found = []
-        for name, entry in list(self.manifest["files"].items())[share::of]:
-            path = self.folder / name
-            try:
-                if Path(name).name != name or not path.is_file():
-                    found.append(f"{path} is missing")
-                elif path.stat().st_size != entry["bytes"]:
-                    found.append(f"{path} has {path.stat().st_size} bytes instead of {entry['bytes']}")
-                elif contents and checksum_file(path, algorithm_of(entry["checksum"])) != entry["checksum"]:
-                    found.append(f"{path} does not have the checksum of the manifest")
-            except (OSError, DataError) as error:
-                found.append(f"{path} cannot be read ({error})")
-        return found
+        files = list(self.manifest["files"].items())[share::of]
+        with ThreadPoolExecutor(READERS) as readers:
+            found = readers.map(lambda item: self._problem(*item, contents), files)
+            return [problem for problem in found if problem]
+
+    def _problem(self, name: str, entry: dict, contents: bool) -> str:
+        path = self.folder / name
+        try:
+            if Path(name).name != name or not path.is_file():
+                return f"{path} is missing"
+            if path.stat().st_size != entry["bytes"]:
+                return f"{path} has {path.stat().st_size} bytes instead of {entry['bytes']}"
+            if contents and checksum_file(path, algorithm_of(entry["checksum"])) != entry["checksum"]:
+                return f"{path} does not have the checksum of the manifest"
+        except (OSError, DataError) as error:
+            return f"{path} cannot be read ({error})"
+        return ""
 
     def verify(self) -> None:
         """Raises `DataError` naming the first broken file."""

@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -78,6 +79,8 @@ def rounded(piece: Tensor, dtype: torch.dtype, name: str) -> Tensor:
         UserError: one of them is larger than the type can hold, and would become infinite.
     """
     values = piece.to(dtype)
+    if torch.finfo(dtype).max >= torch.finfo(piece.dtype).max:
+        return values
     if (lost := values.isinf() & ~piece.isinf()).any():
         raise UserError(
             f"{name} holds {float(piece[lost][0]):.3g}, and {str(dtype).removeprefix('torch.')} ends at "
@@ -112,9 +115,12 @@ def write_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], read: Read,
         UserError: a value that `dtype` cannot hold.
     """
     digest = hashlib.sha256()
-    with path.open("wb", buffering=0) as file:
+    hashing: Future | None = None  # of the piece before, beside the reading of the next one
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as beside:
         for data in _contents(shapes, read, dtype):
-            digest.update(data)
+            if hashing is not None:
+                hashing.result()
+            hashing = beside.submit(digest.update, data)
             while data:
                 data = data[file.write(data) :]
         os.fsync(file.fileno())

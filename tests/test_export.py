@@ -241,7 +241,7 @@ def test_an_export_needs_the_memory_of_a_piece(tmp_path):
     grew = int(done.stdout.rpartition("GREW ")[2])
     weights = (tmp_path / "export" / "model.safetensors").stat().st_size
     assert weights > 60e6
-    assert grew < 32e6, f"{grew / 1e6:.0f} MB more for {weights / 1e6:.0f} MB of weights"
+    assert grew < 40e6, f"{grew / 1e6:.0f} MB more for {weights / 1e6:.0f} MB of weights"
 
 
 def break_bytes(file):
