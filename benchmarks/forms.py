@@ -29,8 +29,9 @@ from repa_scale import torchvision_fix
 from repa_scale.cli import main as verb
 from repa_scale.config import SampleConfig
 from repa_scale.latents import build_latents
+from repa_scale.models import sit_sizes
 from repa_scale.sampling import sample_numbered
-from repa_scale.sizes import backbone, latent_grid
+from repa_scale.sizes import latent_grid
 from repa_scale.trained import Source, open_source
 
 STEPS, GUIDANCE, INTERVAL, SEEDS = 25, 1.8, (0.0, 0.7), (0, 1, 5)
@@ -152,17 +153,16 @@ def by_public_code(out: Path, labels: list[int], source: Source, checkout: Path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     held = torch.load(out / "checkpoint.pt", weights_only=True)
-    args, size, patch = held["args"], *backbone(source.config.model.name)
-    channels, height, _ = latent_grid(source.config.data.image_size, source.config.latents.name)
+    args, size = held["args"], sit_sizes(source.config)
     model = module.SiT(
         path_type=args["path_type"],
-        input_size=height,
-        patch_size=patch,
-        in_channels=channels,
-        hidden_size=size.width,
-        decoder_hidden_size=size.width,
-        depth=size.depth,
-        num_heads=size.heads,
+        input_size=size["input_size"],
+        patch_size=size["patch_size"],
+        in_channels=size["in_channels"],
+        hidden_size=size["width"],
+        decoder_hidden_size=size["width"],
+        depth=size["depth"],
+        num_heads=size["heads"],
         encoder_depth=args["encoder_depth"],
         num_classes=args["num_classes"],
         use_cfg=True,

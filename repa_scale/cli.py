@@ -7,7 +7,7 @@ import os
 import sys
 from typing import NamedTuple
 
-from repa_scale.errors import ExitCode, UserError, did_you_mean
+from repa_scale.errors import INTERRUPTED, ExitCode, UserError, did_you_mean
 
 RANK_FLAGS = ("--local_rank=", "--local-rank=")
 
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         return ExitCode.BAD_INPUT
     except KeyboardInterrupt:
         print("repa-scale: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:  # the reader of our output, such as `head`, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -19,6 +19,7 @@ class ExitCode(IntEnum):
     PREEMPTED = 75  # saved; start the same command again to go on
 
 
+INTERRUPTED = 130  # of a process that Ctrl-C ended, as a shell says it
 OUTCOME_VARIABLE = "REPA_SCALE_OUTCOMES"  # a folder of `repa-scale supervise`, where each rank says how it ended
 SWEEP_VARIABLE = "REPA_SCALE_SWEEP"  # the name of the sweep that a run belongs to: the tag `sweep` in MLflow
 

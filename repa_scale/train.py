@@ -10,9 +10,15 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from repa_scale.errors import OUTCOME_VARIABLE, SWEEP_VARIABLE, ConfigError, ExitCode, UserError, reason
-
-INTERRUPTED = 130  # as a shell says it of Ctrl-C
+from repa_scale.errors import (
+    INTERRUPTED,
+    OUTCOME_VARIABLE,
+    SWEEP_VARIABLE,
+    ConfigError,
+    ExitCode,
+    UserError,
+    reason,
+)
 
 log = logging.getLogger("repa_scale")
 

@@ -65,10 +65,7 @@ def summary(result: dict[str, Any], names: dict[str, str]) -> str:
         ("Wall time, seconds (queues excluded)", "wall_seconds", "{:,.1f}"),
         ("Floating-point operations, encoder included", "flops", "{:.3g}"),
     )
-    lines = []
-    for title, key, form in rows:
-        cells = "".join(f"<td>{_number(result['summary'][run].get(key), form)}</td>" for run in names)
-        lines.append(f"<tr><th>{title}</th>{cells}</tr>")
+    lines = _of_summary(result, names, rows)
     losses = result["losses"]
     if losses["step"] is not None:
         cells = "".join(f"<td>{losses[run]:.6f}</td>" for run in names)
@@ -102,17 +99,14 @@ def published(result: dict[str, Any]) -> str:
 def incidents(result: dict[str, Any], names: dict[str, str]) -> str:
     """What went wrong in each run, and what it cost."""
     kinds = sorted({kind for one in result["incidents"].values() for kind in one["counts"]})
-    lines = []
-    rows = [
+    rows = (
         ("Starts and rollbacks (attempts)", "attempts", "{:d}"),
         ("Steps not applied, for a gradient was not finite", "skipped_steps", "{:d}"),
         ("Goodput, the productive share of all its time", "goodput", "{:.1%}"),
         ("Seconds lost between a failure and the next start", "lost_restart_seconds", "{:.1f}"),
         ("Seconds of steps trained again", "lost_repeated_seconds", "{:.1f}"),
-    ]
-    for title, key, form in rows:
-        cells = "".join(f"<td>{_number(result['summary'][run].get(key), form)}</td>" for run in names)
-        lines.append(f"<tr><th>{title}</th>{cells}</tr>")
+    )
+    lines = _of_summary(result, names, rows)
     for kind in kinds:
         counts = [result["incidents"][run] for run in names]
         cells = "".join(f"<td>{one['counts'].get(kind, 0) if one['known'] else '-'}</td>" for one in counts)
@@ -173,6 +167,15 @@ def settings(rows: list[dict[str, Any]], names: dict[str, str], what: str) -> st
         lines.append(f"<tr{kind}><th>{html.escape(row['key'])}</th>{cells}</tr>")
     count = sum(row["differs"] for row in rows)
     return f"<p>{count} of {len(rows)} {what} differ; they stand first.</p>{_table(['key', *names.values()], lines)}"
+
+
+def _of_summary(result: dict[str, Any], names: dict[str, str], rows: tuple[tuple[str, str, str], ...]) -> list[str]:
+    """Rows of `result["summary"]`, from (title, key, format) each."""
+    lines = []
+    for title, key, form in rows:
+        cells = "".join(f"<td>{_number(result['summary'][run].get(key), form)}</td>" for run in names)
+        lines.append(f"<tr><th>{title}</th>{cells}</tr>")
+    return lines
 
 
 def _ratio(one: dict[str, Any] | None) -> str:

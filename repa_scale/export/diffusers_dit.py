@@ -17,7 +17,7 @@ from repa_scale import rng, torchvision_fix
 from repa_scale.errors import UserError, require
 from repa_scale.export import HASHES, Options
 from repa_scale.export.card import CARD, model_card
-from repa_scale.sizes import backbone, latent_grid
+from repa_scale.models import sit_sizes
 from repa_scale.tensor_file import write_tensors
 from repa_scale.trained import Source
 
@@ -35,24 +35,23 @@ def write(source: Source, folder: Path, options: Options) -> dict[str, Any]:
     torchvision_fix.ensure()
     diffusers = require("diffusers", "export")
     config = source.config
-    size, patch = backbone(config.model.name)
-    if size.qk_norm if config.model.qk_norm is None else config.model.qk_norm:
+    size = sit_sizes(config)
+    if size["qk_norm"]:
         raise UserError("--to diffusers-dit: diffusers' DiT has no QK-norm, but this model does; use --to diffusers")
-    channels, height, _ = latent_grid(config.data.image_size, config.latents.name)
     with torch.device("meta"):
         model = diffusers.DiTTransformer2DModel(
-            num_attention_heads=size.heads,
-            attention_head_dim=size.width // size.heads,
-            in_channels=channels,
-            out_channels=channels,
-            num_layers=size.depth,
+            num_attention_heads=size["heads"],
+            attention_head_dim=size["width"] // size["heads"],
+            in_channels=size["in_channels"],
+            out_channels=size["in_channels"],
+            num_layers=size["depth"],
             attention_bias=True,
-            sample_size=height,
-            patch_size=patch,
-            num_embeds_ada_norm=config.model.num_classes,
+            sample_size=size["input_size"],
+            patch_size=size["patch_size"],
+            num_embeds_ada_norm=size["num_classes"],
             norm_eps=1e-6,
         )
-    parts = {name: _part(name, size.width) for name in model.state_dict()}
+    parts = {name: _part(name, size["width"]) for name in model.state_dict()}
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     wrong = [
         name for name, (ours, offset) in parts.items()
