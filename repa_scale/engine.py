@@ -301,8 +301,8 @@ def import_deepspeed():
 
 
 def place(objective: Objective, device: torch.device, stage: int) -> None:
-    """Moves to `device` what is not there yet. Under stage 3 these are the buffers: `zero.Init` moves parameters as they
-    are built, and nobody moves the rest."""
+    """Moves to `device` what is not there yet. Under stage 3 that is the buffers: `zero.Init` moves parameters only,
+    and DeepSpeed calls `Module.to` only where it has not partitioned them."""
     if stage < 3:
         objective.to(device)
         return
