@@ -17,7 +17,7 @@ from repa_scale.data import batches
 
 @contextmanager
 def as_cuda(watched: Watched, kernel: str = "torch"):
-    """Inside, `meta` counts as a GPU: the code takes its branches for CUDA, with the stand-ins of this file behind them.
+    """Inside, `meta` counts as a GPU: the code takes its branches for CUDA, with the stand-ins below behind them.
 
     Args:
         kernel: what `alignment.kernel=auto` comes to.

@@ -1,8 +1,8 @@
-"""What `engine.Engine` asks of DeepSpeed, on one rank of the `meta` device: the real module, the real AdamW, no sharding.
+"""What `engine.Engine` asks of DeepSpeed, on one rank of the `meta` device: the real module and AdamW, no sharding.
 
-It does to parameters and buffers what DeepSpeed does (test_real_engine.py holds the two side by side): `zero.Init` builds
-parameters on the device and leaves buffers alone; `initialize` makes the parameters 16-bit and gives the optimizer flat
-fp32 master weights.
+It does to parameters and buffers what DeepSpeed does (test_real_engine.py holds the two side by side): `zero.Init`
+builds parameters on the device and leaves buffers alone; `initialize` makes the parameters 16-bit and gives the
+optimizer flat fp32 master weights.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """A GPU without a GPU: the `meta` device, watched as a GPU would behave.
 
-`meta` tensors have shapes and dtypes and no values. They refuse to mix with tensors of the host, so a tensor made on the
-wrong device is an error; and they cannot be read, so every read is found. Inside `Watched` each read gets an answer from
-a table and is noted with the function it stands in, and so is each blocking copy, each wait for a stream, and each tensor
-that is computed on the host.
+`meta` tensors have shapes and dtypes and no values. They refuse to mix with tensors of the host, so a tensor made on
+the wrong device is an error; and they cannot be read, so every read is found. Inside `Watched` a read gets an answer
+from a table and is noted with the function it stands in. So is each blocking copy, each wait for a stream, and each
+tensor that is computed on the host.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ ROOMS = {f"{ROOT / 'repa_scale'}/": "", f"{ROOT / 'kernels'}/": "kernels."}
 aten = torch.ops.aten
 PURE = ("rng", "interpolant", "metrics.")
 # They launch nothing on a GPU.
-VIEWS = set(
-    "view _unsafe_view t transpose permute unsqueeze expand slice select split chunk detach alias as_strided unbind "
-    "squeeze narrow split_with_sizes empty new_empty empty_like view_as reshape empty_strided lift_fresh "
-    "_reshape_alias is_pinned diagonal unfold new_empty_strided".split()
+VIEWS = frozenset(
+    """view _unsafe_view t transpose permute unsqueeze expand slice select split chunk detach alias as_strided unbind
+    squeeze narrow split_with_sizes empty new_empty empty_like view_as reshape empty_strided lift_fresh
+    _reshape_alias is_pinned diagonal unfold new_empty_strided""".split()  # noqa: SIM905
 )
 MOVES = {aten._to_copy.default, aten.copy_.default, aten._pin_memory.default}
 # A tensor on the host that nothing is computed for: a number on its way, a place to copy to.

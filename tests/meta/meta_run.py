@@ -12,7 +12,6 @@ import torch.distributed as dist
 from meta_allowed import ANSWERS
 from meta_cuda import as_cuda
 from meta_device import META, Factories, Watched
-
 from torch.utils._python_dispatch import _disable_current_modes
 
 from repa_scale import engine, frozen, online, trainer
@@ -57,7 +56,7 @@ class MetaRun:
 
 
 @contextmanager
-def meta_run(folder, dataset, words: list[str], kernel: str = "torch"):
+def meta_run(folder, dataset, words: list[str], kernel: str = "torch", start: bool = False):
     """A trainer that is ready for its first step.
 
     Args:
@@ -65,6 +64,7 @@ def meta_run(folder, dataset, words: list[str], kernel: str = "torch"):
         dataset: a prepared set.
         words: of the command line, behind `repa-scale train`.
         kernel: what `alignment.kernel` comes to.
+        start: set the initial weights too, and note what happens meanwhile.
     """
     config: Config = compose(
         [f"data.path={dataset}", f"run.dir={folder}", "tracking.uri=none", "health.hang_seconds=0",
@@ -80,25 +80,29 @@ def meta_run(folder, dataset, words: list[str], kernel: str = "torch"):
         patch.setattr(Clock, "phase", _marking(watched, Clock.phase))
         data = open_configured(config.data)
         data.cached = stored_features_of(config, data) if config.data.image_size == data.image_size else data.cached
-        patch.setattr(online, "build_extractor", unwatched(online.build_extractor))
+        patch.setattr(online, "build_extractor", unwatched(online.build_extractor, "cpu"))
         run = Trainer(config, ranks, data, *_folder_of(config, data), _ds_config(config))
         run.watchdog.enter = lambda phase, step: setattr(watched, "phase", phase)
         watched.forget()
-        run.resume()
-        watched.launches.clear()
+        if start:
+            run.resume()
         try:
             yield MetaRun(run, watched)
         finally:
             run.run.close("completed", 0)
 
 
-def unwatched(build):
-    """The networks of others, built before anyone looks, once for all tests that want the same."""
+def unwatched(build, device=META):
+    """The networks of others, built before anyone looks, once for all tests that want the same.
+
+    Args:
+        device: `cpu` where their values are read.
+    """
 
     def built(*args):
         key = (build.__module__, repr(args))
         if key not in _networks:
-            with _disable_current_modes():
+            with _disable_current_modes(), torch.device(device):
                 _networks[key] = build(*args)
         return _networks[key]
 

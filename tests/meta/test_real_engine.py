@@ -1,4 +1,4 @@
-"""What the walk on `meta` takes for granted of DeepSpeed, on the real engine: what it does to parameters and buffers."""
+"""What the step on `meta` takes for granted of DeepSpeed: what the real engine does to parameters and buffers."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A training step as on a GPU, on the `meta` device: no tensor of another device, and no wait beyond the table's.
 
-What it cannot see: values, and what happens inside DeepSpeed. Attention counts as the matrix products and softmax that it
-is on `meta`; on a GPU it is one launch.
+What it cannot see: values, and what happens inside DeepSpeed. Attention counts as the matrix products and the softmax
+that it is on `meta`; on a GPU it is one launch.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from meta_allowed import ALLOWED, LAUNCHES, WAITS
 from meta_device import META
 from meta_run import meta_run
 
-from repa_scale import engine, trainer
+from repa_scale import engine, state, trainer
 from repa_scale.deepspeed_config import packaged_file
 from repa_scale.draws import draw
-from repa_scale.online import OnlineEvaluation
 
 REPA = ["experiment=demo_repa", "model.name=SiT-Nano/2", "alignment.repa.depth=1", "alignment.repa.weights=random"]
 BASELINE = ["experiment=demo_baseline", "model.name=SiT-Nano/2"]
@@ -56,14 +55,14 @@ used: set[tuple[str, str]] = set()  # rows of the table that a test of this file
 def run(tmp_path, digits):
     """A maker of runs: words of the command line -> meta_run."""
 
-    def made(words, kernel="torch"):
+    def made(words, kernel="torch", **settings):
         stages = [word[-1] for word in words if word.startswith("stage=")]
         words = ["train.precision=bf16", "train.global_batch=8", *(w for w in words if not w.startswith("stage="))]
         for stage in stages:
             file = tmp_path / "deepspeed.json"
             file.write_text(packaged_file().read_text().replace('"stage": 3', f'"stage": {stage}'))
             words.append(f"deepspeed.config={file}")
-        return meta_run(tmp_path / "run", digits, words, kernel)
+        return meta_run(tmp_path / "run", digits, words, kernel, **settings)
 
     return made
 
@@ -176,11 +175,11 @@ def test_a_read_that_the_table_does_not_have_is_an_error(run, monkeypatch):
 
 
 def test_initial_values_made_on_the_host_are_an_error(run, monkeypatch):
-    from repa_scale import state
-
+    with run(BASELINE, start=True) as one:
+        check(one.watched.notes)
     make = state.initial_values
     monkeypatch.setattr(state, "initial_values", lambda *words: make(*words[:5]))
-    with run(REPA) as one, pytest.raises(AssertionError, match="host"):
+    with run(BASELINE, start=True) as one, pytest.raises(AssertionError, match="host"):
         check(one.watched.notes)
 
 
