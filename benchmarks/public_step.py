@@ -42,18 +42,13 @@ class PublicStep:
         rehearse: builds any row of `sizes.BACKBONES` from the public class.
 
     Raises:
-        ConfigError: a model that the public code cannot build, or another encoder than DINOv2.
-        UserError: `folder` lacks a file, or a file does not import.
+        UserError: a file of `folder` does not import.
     """
 
     def __init__(
         self, folder: str, config: Config, device: torch.device, precision: str = "fp16", rehearse: bool = False
     ) -> None:
         model, term = config.model.name, config.alignment["repa"]
-        if model not in MODELS and not rehearse:
-            raise ConfigError(f"--model {model} is not one that the public code builds; use {', '.join(MODELS)}")
-        if not term.encoder.startswith("dinov2-vit"):
-            raise ConfigError(f"--encoder {term.encoder} is not compared with the public code; use dinov2-vit-b")
         constructors, model_class, loss_class = _import(folder)
         self.device, self.dtype, self.spec = device, PRECISIONS[precision], encoder_spec(term.encoder)
         self.grid = token_grid(config.data.image_size, config.latents.name, model)
@@ -159,11 +154,24 @@ class PublicStep:
         self._applied += 1
 
 
-def _import(folder: str) -> tuple[dict, type, type]:
-    """SiT_models, SiT and SILoss of a checkout."""
+def check(folder: str, model: str, encoder: str, rehearse: bool) -> None:
+    """Refuses what `PublicStep` cannot build, before anything is loaded.
+
+    Raises:
+        ConfigError: a model that the public code cannot build, or another encoder than DINOv2.
+        UserError: `folder` lacks a file.
+    """
+    if model not in MODELS and not rehearse:
+        raise ConfigError(f"--model {model} is not one that the public code builds; use {', '.join(MODELS)}")
+    if not encoder.startswith("dinov2-vit"):
+        raise ConfigError(f"--encoder {encoder} is not compared with the public code; use dinov2-vit-b")
     missing = [name for name in FILES if not (Path(folder) / name).is_file()]
     if missing:
         raise UserError(f"--public {folder} has no {missing[0]}; name a checkout of the public REPA code")
+
+
+def _import(folder: str) -> tuple[dict, type, type]:
+    """SiT_models, SiT and SILoss of a checkout."""
     torchvision_fix.ensure()  # for timm, which its model imports
     sys.path.insert(0, str(Path(folder).resolve()))
     try:

@@ -23,9 +23,10 @@ from typing import Any, Protocol
 import torch
 
 from benchmarks.command import Parser, answered, positive, put_row
+from benchmarks.graphs import compiled_graphs
 from benchmarks.our_step import OurStep, run_config
 from benchmarks.peak import data_sheet, product_flops
-from benchmarks.public_step import PRECISIONS, PublicStep
+from benchmarks.public_step import PRECISIONS, PublicStep, check
 from benchmarks.waits import Waits, unlisted
 from repa_scale.config import Config
 from repa_scale.flops import training_flops
@@ -96,6 +97,8 @@ def parse(argv: list[str] | None):
 
 
 def run(args) -> int:
+    if args.way == "public":
+        check(args.public, args.model, args.encoder, args.rehearse)
     config = run_config(args.model, args.encoder, args.batch, args.image_size, args.compile)
     ranks = Ranks.from_environment("cpu" if args.rehearse else args.device)
     row: dict[str, Any] = {"case": case(args), "way": args.way, "model": args.model, "batch": args.batch}
@@ -203,15 +206,6 @@ def spread(name: str, values: list[float]) -> dict[str, float]:
     """Median, and 10th and 90th percentile as NAME_p10 and NAME_p90."""
     tenths = statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else values * 9
     return {name: statistics.median(values), f"{name}_p10": tenths[0], f"{name}_p90": tenths[-1]}
-
-
-def compiled_graphs() -> int:
-    """Graphs that torch.compile has made in this process so far."""
-    if "torch._dynamo" not in sys.modules:
-        return 0
-    from torch._dynamo.utils import counters
-
-    return counters["stats"]["unique_graphs"]
 
 
 def synchronize(device: torch.device) -> None:
