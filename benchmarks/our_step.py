@@ -68,7 +68,7 @@ class OurStep:
 
     Args:
         stage: ZeRO stage; None: that of ds_config.json.
-        overflow_check: DeepSpeed's `bf16.check_grad_overflow`, which stages 1 and 2 read.
+        overflow_check: DeepSpeed's `bf16.check_grad_overflow`, which stage 2 alone reads in bf16 with fp32 gradients.
         backend: of torch.compile, where the configuration compiles.
 
     Attributes:

@@ -84,8 +84,9 @@ def parse(argv: list[str] | None):
             parser.error("--compile, --stage and --no-overflow-check belong to --way ours; leave them out")
     elif args.public or args.precision:
         parser.error("--public and --precision belong to --way public; leave them out")
-    if args.no_overflow_check and args.stage not in (1, 2):
-        parser.error("--no-overflow-check changes nothing under stage 3 in bf16; give --stage 1 or --stage 2")
+    if args.no_overflow_check and args.stage != 2:
+        # Stage 3 scans in fp16 alone; stage 1 with fp32 gradients has another optimizer, which judges by the norm.
+        parser.error("--no-overflow-check changes a bf16 step under stage 2 alone; give --stage 2")
     tiny = args.rehearse
     args.model = args.model or ("SiT-Nano/2" if tiny else "SiT-XL/2")
     args.encoder = args.encoder or ("dinov2-vit-s" if tiny else "dinov2-vit-b")
@@ -227,6 +228,7 @@ def settings(args, step: Step) -> dict[str, Any]:
     return {
         "compile": args.compile,
         "stage": getattr(step, "stage", None),
+        "optimizer": type(step.trainer.engine.optimizer if args.way == "ours" else step.optimizer).__name__,
         "overflow_check": not args.no_overflow_check if args.way == "ours" else None,
         "precision": args.precision if args.way == "public" else "bf16",
         "deterministic": torch.are_deterministic_algorithms_enabled(),
