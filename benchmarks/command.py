@@ -10,8 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+
 from benchmarks.rows import device_name, write_row
 from repa_scale.errors import ExitCode, UserError
+
+OUT_OF_MEMORY = 1  # exit code
 
 
 class Parser(argparse.ArgumentParser):
@@ -20,6 +24,12 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, doc: str) -> None:
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
         self.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU, seconds long")
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> argparse.Namespace:
+        found = super().parse_args(*args, **kwargs)
+        if found.rehearse:  # before torch looks for a GPU: DeepSpeed would choose it whatever the run's device
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        return found
 
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: error: {message}", file=sys.stderr)
@@ -40,6 +50,15 @@ def answered(work: Callable[[], int]) -> int:
     except UserError as error:
         print(f"benchmark: error: {error}", file=sys.stderr)
         return ExitCode.BAD_INPUT
+
+
+def shortage(error: BaseException) -> str | None:
+    """One line if memory did not suffice; None: it is another error."""
+    text = (str(error).splitlines() or [""])[0]
+    signs = ("out of memory", "allocate memory", "ALLOC_FAILED")
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(sign in text for sign in signs):
+        return f"memory does not suffice ({text or type(error).__name__}); use a smaller --batch"
+    return None
 
 
 def put_row(name: str, row: dict[str, Any], rehearsal: bool) -> Path | None:

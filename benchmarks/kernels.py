@@ -57,7 +57,6 @@ class Budget:
 
 
 def main(argv: list[str] | None = None) -> int:
-    cuda = torch.cuda.is_available()
     parser = Parser(__doc__)
     parser.prog = NAME
     parser.add_argument("--rows", type=positive, nargs="+", help="multiples of 256; default 8192 65536")
@@ -67,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=math.inf, help="end after about so many; what is left says so")
     parser.add_argument("--counted", action="store_true", help="count bytes and memory too (always without a GPU)")
     args = parser.parse_args(argv)
-    cuda = cuda and not args.rehearse
+    cuda = torch.cuda.is_available() and not args.rehearse
     args.rows = args.rows or ([8192, 65536] if cuda else [512])
     args.widths = args.widths or ([384, 768, 1024, 1536] if cuda else [64] if args.rehearse else [768])
     args.rounds = args.rounds or (20 if cuda else 3)
@@ -80,7 +79,7 @@ def measure(args) -> int:
         raise ConfigError(f"--rows {odd[0]} is not a multiple of {TOKENS}, the tokens of an image; use {TOKENS * 32}")
     budget = Budget(time.perf_counter() + args.seconds)
     copy = copy_bandwidth(args.device, args.rounds)
-    limits = {"copy_bytes_per_second": copy, "product_flops_per_second": product_flops(args.device, NAME)}
+    limits = {"copy_bytes_per_second": copy, "product_flops_per_second": product_flops(args.device)}
     print(f"{device_name()}: a copy moves {copy / 1e9:.0f} GB/s")
     if problem := unavailable(args.device):
         print(f"the kernels are not timed: {problem}")

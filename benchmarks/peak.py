@@ -14,6 +14,7 @@ from repa_scale.plan.cluster import GPUS, Gpu
 
 SIDE = {"cuda": 8192, "cpu": 512}
 CALLS = 20
+KEPT_IN = ("train_throughput", "kernels")  # whose rows have `product_flops_per_second`
 
 
 def data_sheet() -> Gpu | None:
@@ -21,23 +22,20 @@ def data_sheet() -> Gpu | None:
     return next((row for name, row in GPUS.items() if name in device_name()), None)
 
 
-def product_flops(device: torch.device, benchmark: str) -> float:
+def product_flops(device: torch.device) -> float:
     """Floating-point operations per second of a bf16 matrix product.
 
-    Under BENCHMARK_OUT the first process measures it and the others take it from its rows, so that all shares of one
-    program run have the same denominator.
-
-    Args:
-        benchmark: whose rows hold it, as `product_flops_per_second`.
+    Under BENCHMARK_OUT the first process measures it, and those that follow take it from its row there, so that all
+    shares of a whole run of benchmarks have the same denominator.
     """
-    return _kept(benchmark) or _measured(device)
+    return _kept() or _measured(device)
 
 
-def _kept(benchmark: str) -> float | None:
-    file = results_folder() / f"{benchmark}.jsonl"
-    if not os.environ.get("BENCHMARK_OUT") or not file.exists():
+def _kept() -> float | None:
+    if not os.environ.get("BENCHMARK_OUT"):
         return None
-    rows = map(json.loads, file.read_text().splitlines())
+    files = [results_folder() / f"{name}.jsonl" for name in KEPT_IN]
+    rows = [json.loads(line) for file in files if file.exists() for line in file.read_text().splitlines()]
     found = (row.get("product_flops_per_second") for row in rows if row["device"] == device_name())
     return next((value for value in found if value), None)
 

@@ -29,7 +29,7 @@ from unittest import mock
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
-from benchmarks.command import Parser, answered, positive, put_row
+from benchmarks.command import OUT_OF_MEMORY, Parser, answered, positive, put_row, shortage
 from benchmarks.our_step import OurStep, run_config
 from benchmarks.rows import results_folder
 from benchmarks.timeline import (
@@ -86,12 +86,19 @@ def run(args) -> int:
     model, encoder = args.model or model, args.encoder or encoder
     config = run_config(model, encoder, batch, 64 if tiny else 256, args.compile)
     ranks = Ranks.from_environment("cpu" if tiny else args.device)
+    case = f"batch {batch}, {model}{', compiled' if args.compile else ''}"
     ranks.start()
     try:
         step = OurStep(config, ranks, backend="aot_eager" if tiny else "inductor")
         plain = unprofiled(step)
         missing, trace = profiled(step, ranks.device)
         step.close()
+    except (RuntimeError, MemoryError) as error:
+        if (problem := shortage(error)) is None:
+            raise
+        put_row(NAME, {"case": case, "error": problem}, tiny)
+        print(f"{case}: {problem}", file=sys.stderr)
+        return OUT_OF_MEMORY
     finally:
         ranks.leave()
     spans = spans_of(trace["traceEvents"])
@@ -103,7 +110,7 @@ def run(args) -> int:
     folder = results_folder() if not tiny or os.environ.get("BENCHMARK_OUT") else Path(tempfile.mkdtemp())
     dropped = write_trace(trace, folder / "trace.json.gz", LIMIT)
     row = {
-        "case": f"batch {batch}, {model}{', compiled' if args.compile else ''}",
+        "case": case,
         "step_seconds": plain,
         "profiled_step_seconds": (window[1] - window[0]) / 1e6,
         "timeline": "CPU operations" if ranks.device.type == "cpu" else "GPU",

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import torch
 
-from benchmarks.command import Parser, answered, positive, put_row
+from benchmarks.command import OUT_OF_MEMORY, Parser, answered, positive, put_row, shortage
 from benchmarks.graphs import compiled_graphs
 from benchmarks.our_step import OurStep, run_config
 from benchmarks.peak import data_sheet, product_flops
@@ -36,7 +36,6 @@ from repa_scale.sizes import backbone, token_grid
 
 NAME = "train_throughput"
 WARMUP, MORE_WARMUP, LEAST = 5, 20, 5  # steps
-OUT_OF_MEMORY = 1  # exit code
 # Bytes of memory traffic of the public loop, at least. Per token, channel and block: eager with an fp32 residual. Per
 # parameter: clipping 12, Adam 28, EMA 12, the cast of autocast 6.
 PUBLIC_ELEMENTWISE, PUBLIC_OPTIMIZER_BYTES = (104, 218), 58
@@ -105,13 +104,13 @@ def run(args) -> int:
     row: dict[str, Any] = {"case": case(args), "way": args.way, "model": args.model, "batch": args.batch}
     ranks.start()
     try:
-        row["product_flops_per_second"] = product_flops(ranks.device, NAME)
+        row["product_flops_per_second"] = product_flops(ranks.device)
         step = build(args, config, ranks)
         row |= measure(step, args.steps, args.seconds, args.batch, ranks.device)
         row |= settings(args, step)
         row |= shares(row, config, args.way, step.parameters)
         step.close()
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+    except (RuntimeError, MemoryError) as error:
         if (problem := shortage(error)) is None:
             raise
         row["error"] = problem
@@ -262,14 +261,6 @@ def shares(row: dict[str, Any], config: Config, way: str, parameters: int) -> di
         "mfu": rate / gpu.fp16 if gpu else None,
         "mfu_of_product": rate / row["product_flops_per_second"],
     }
-
-
-def shortage(error: BaseException) -> str | None:
-    """One line if memory did not suffice; None: it is another error."""
-    text = (str(error).splitlines() or [""])[0]
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in text:
-        return f"memory does not suffice ({text or type(error).__name__}); use a smaller --batch"
-    return None
 
 
 def summary(row: dict[str, Any]) -> str:
