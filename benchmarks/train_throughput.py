@@ -268,8 +268,8 @@ def summary(row: dict[str, Any]) -> str:
     phases = "  ".join(f"{phase} {1e3 * value:.1f}" for phase, value in row["phases"].items())
     of_sheet = f", {row['mfu']:.1%} of the data sheet" if row["mfu"] is not None else ""
     lines = [
-        f"{row['case']}: {row['images_per_second']:.1f} images/s "
-        f"({row['images_per_second_p10']:.1f} to {row['images_per_second_p90']:.1f}), "
+        f"{row['case']}: {row['images_per_second']:.4g} images/s "
+        f"({row['images_per_second_p10']:.4g} to {row['images_per_second_p90']:.4g}), "
         f"step {1e3 * row['step_seconds']:.1f} ms, of it host {1e3 * row['host_seconds']:.1f}, "
         f"waiting for the device {1e3 * row['waiting_seconds']:.1f}; limit {1e3 * row['limit_seconds']:.1f} ms; "
         f"MFU {row['mfu_of_product']:.1%} of a matrix product{of_sheet}; {row['peak_memory_bytes'] / 1e9:.1f} GB",
