@@ -37,6 +37,8 @@ def main(plan: str, results: str) -> None:
 def add_key(cls: str, name: str, kind: str, default: object, before: object) -> None:
     """Adds a field to a dataclass of the configuration, as a later version would declare it."""
     section = getattr(schema, cls)
+    for field in dataclasses.fields(section):
+        setattr(section, field.name, field)  # `dataclass` replaced it with its default
     section.__annotations__[name] = kind
     setattr(section, name, schema.added(default, before=before))
     dataclasses.dataclass(section)
