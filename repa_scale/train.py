@@ -164,7 +164,7 @@ def _resumed(config, stored: dict | None, origin) -> tuple:
 
 
 def _stored(config) -> dict | None:
-    """Of the run that goes on: in its folder, else where an earlier machine uploaded its checkpoints (run_folder.py)."""
+    """The identity of the run that goes on: in its folder, or where an earlier machine uploaded its checkpoints."""
     import tempfile
 
     from repa_scale.checkpoint import list_checkpoints
