@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import platform
+import shutil
 
 import numpy as np
 import pytest
@@ -203,7 +204,9 @@ def test_whether_dali_works_is_found_out_by_decoding(built):
     built.refuse = lambda number: True
     assert why_not_dali(CPU).startswith("DALI cannot decode on cpu (laid by the test: no memory)")
     if not torch.cuda.is_available():
-        assert "DALI cannot decode on cuda:0 (" in why_not_dali(GPU)
+        assert why_not_dali(GPU).startswith(
+            "DALI cannot decode on cuda:0 (laid by the test: no memory); wheel nvidia-dali"
+        )
 
 
 JPEG, PNG, KEPT = {"format": "jpeg"}, {"format": "png"}, {"format": "original", "layout": "keep"}
@@ -310,11 +313,18 @@ def nothing_stays_behind():
     end_all()
 
 
-@pytest.mark.distributed
-def test_a_run_keeps_its_pixels_until_told_otherwise(kept, tmp_path, nothing_stays_behind):
+@pytest.fixture(scope="module")
+def decoded_by_dali(kept, tmp_path_factory):
+    """A run of 4 steps behind DALI on the CPU."""
     pytest.importorskip("nvidia.dali")
-    run = tmp_path / "run"
+    run = tmp_path_factory.mktemp("pinned") / "run"
     start(kept, run, "train.steps=4", "data.decoder=dali").succeed()
+    return run
+
+
+@pytest.mark.distributed
+def test_a_run_is_pinned_to_its_pixels(kept, decoded_by_dali, nothing_stays_behind):
+    run = decoded_by_dali
     identity = json.loads((run / "identity.json").read_text())
     manifest = json.loads((run / "checkpoints" / step_folder(4) / "manifest.json").read_text())
     assert identity["pixels"] == manifest["pixels"] == "dali-cpu"
@@ -324,15 +334,25 @@ def test_a_run_keeps_its_pixels_until_told_otherwise(kept, tmp_path, nothing_sta
 
     refused = start(kept, run, "train.steps=5")
     assert refused.wait() == 64 and "dali-cpu so far; go on with them by data.decoder=dali, or" in refused.text()
-    assert json.loads((run / "identity.json").read_text()) == identity
+    assert json.loads((run / "identity.json").read_text()) == identity and len(read_incidents(run)) == 1
 
+
+@pytest.mark.long
+@pytest.mark.distributed
+def test_an_explicit_decoder_changes_the_pin(kept, decoded_by_dali, tmp_path, nothing_stays_behind):
+    run = tmp_path / "run"
+    shutil.copytree(decoded_by_dali, run)
+    identity = json.loads((run / "identity.json").read_text())
     rows = start(kept, run, "train.steps=5", "data.decoder=pillow").succeed()
     assert json.loads((run / "identity.json").read_text()) == {**identity, "pixels": "pillow"}
     changed = read_incidents(run)[-1]
     assert (changed["kind"], changed["before"], changed["now"]) == ("decoder_changed", "dali-cpu", "pillow")
     assert rows[-1]["step"] == 5 and "decode_fallbacks" not in rows[-1]
+    start(kept, run, "train.steps=6").succeed()
+    assert len(read_incidents(run)) == 2
 
 
+@pytest.mark.long
 @pytest.mark.distributed
 def test_one_rank_without_dali_ends_the_start(kept, tmp_path, nothing_stays_behind):
     pytest.importorskip("nvidia.dali")

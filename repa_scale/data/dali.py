@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from repa_scale.cuda import dali_problem, dali_requirement, driver_cuda, installed_dali
 from repa_scale.data.bad import TRIES
 from repa_scale.data.decode import decode
 from repa_scale.errors import DataError, require
@@ -177,11 +178,12 @@ REMEDY = "start the run again, or train on with Pillow's pixels: data.decoder=pi
 def why_not_dali(device: torch.device) -> str | None:
     """Whether DALI can decode on `device`, found out by doing it: None, or the reason and the remedy in one line."""
     if find_spec("nvidia") is None or find_spec("nvidia.dali") is None:
-        return "DALI is not installed; install it with: pip install 'repa-scale[dali]'"
+        return f"DALI is not installed; install it with: pip install {dali_requirement(torch.version.cuda)}"
     try:
         DaliDecoder(1, 1, device).probe()
     except Exception as error:  # of a foreign library, its loader or its driver: whatever it is, it is told
-        return f"DALI cannot decode on {device} ({_cause(error)})"
+        line = f"DALI cannot decode on {device} ({_cause(error)})"
+        return line if device.type == "cpu" else f"{line}; {dali_problem() or _versions()}"
     finally:
         gc.collect()  # the pipeline, which is part of reference cycles, with its memory of the device
     return None
@@ -224,6 +226,13 @@ def _pipeline(batch: int, threads: int, device: torch.device):
     pipeline = pictures()
     pipeline.build()
     return pipeline
+
+
+def _versions() -> str:
+    wheels = " and ".join(installed_dali()) or "unknown"
+    return (
+        f"wheel {wheels}, torch for CUDA {torch.version.cuda}, driver for CUDA {driver_cuda()}; see repa-scale doctor"
+    )
 
 
 @functools.cache
