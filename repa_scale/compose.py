@@ -7,6 +7,7 @@ names the key. A frozen file (`--config RUN/config.yaml`) needs no Hydra.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import types
 import typing
@@ -181,6 +182,11 @@ def help_text() -> str:
 
 def known_keys(term: str = "NAME") -> dict[str, Any]:
     """Every key and its type. An alignment term's stand under `alignment.{term}.`"""
+    return dict(_known_keys(term))
+
+
+@functools.cache
+def _known_keys(term: str) -> dict[str, Any]:
     return dict(_fields(Config, "", term))
 
 

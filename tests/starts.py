@@ -17,6 +17,7 @@ import logging
 import sys
 from pathlib import Path
 
+from repa_scale import compose
 from repa_scale import config as schema
 from repa_scale.sizes import BACKBONES, SiTSize
 
@@ -51,6 +52,7 @@ def add_key(cls: str, name: str, default: object) -> None:
     section.__annotations__[name] = "str"
     setattr(section, name, default)
     dataclasses.dataclass(section)
+    compose._known_keys.cache_clear()
 
 
 @contextlib.contextmanager

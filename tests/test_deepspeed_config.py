@@ -161,70 +161,55 @@ def test_every_key_that_deepspeed_removed_is_refused_here():
 
 
 @pytest.fixture(scope="module")
-def step(tmp_path_factory):
-    """Makes a real engine on this process, in one process group, and calls `look(engine)` after its second step.
+def steps(tmp_path_factory):
+    """Four steps of a real engine in this process; the loss of the fourth is infinite.
 
-    step(words, settings, look, factor): `factor` scales the loss of the third step. Returns (whether that step was
-    applied, whether all master weights are finite).
+    steps(settings) returns whether the fourth was applied, whether all master weights are finite after it, and the
+    files of the code that waited for the device in the last two steps.
     """
-    words = ["model.name=SiT-Nano/8", "data.image_size=8", "latents.name=identity", "method=baseline"]
-    words += ["model.num_classes=0", "train.global_batch=4"]
-
-    def step(more: list[str], settings: dict, look=lambda engine: None, factor: float = 1.0):
-        file = tmp_path_factory.mktemp("ds") / "ds.json"
-        file.write_text(json.dumps(settings))
-        config = compose([*words, *more, f"deepspeed.config={file}"])
-        engine = Engine(
-            lambda: build_objective(config),
-            deepspeed_dict(config, 1, 50_000, "cpu"),
-            ranks,
-            learning_rate=1e-3,
-            betas=(0.9, 0.999),
-            eps=1e-8,
-            weight_decay=0.0,
-        )
-        generator = torch.Generator().manual_seed(0)
-        engine.write(lambda _name, _shape, start, stop: 0.1 * torch.randn(stop - start, generator=generator))
-        for number in range(4):
-            x = torch.randn(4, 3, 8, 8, generator=generator)
-            losses = engine(x, torch.rand(4, generator=generator), torch.zeros(4, dtype=torch.int64), x, {})
-            engine.backward(losses["denoising"].mean() * (factor if number == 3 else 1.0))
-            applied = engine.step(1e-3).applied
-            if number == 1:
-                look(engine)
-        finite = all(bool(shard.master.isfinite().all()) for shard in engine.shards)
-        engine.close()
-        return applied, finite
-
-    with group_of_one() as ranks:
-        yield step
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("stage", [2, 3])
-def test_the_throughput_timer_synchronizes_the_device_no_more(step, stage, monkeypatch):
     from deepspeed.accelerator import get_accelerator
 
-    calls = []
-    monkeypatch.setattr(get_accelerator(), "synchronize", lambda *_: calls.append(sys._getframe(1).f_code.co_filename))
+    words = ["model.name=SiT-Nano/8", "data.image_size=8", "latents.name=identity", "model.num_classes=0"]
+    words += ["method=baseline", "train.global_batch=4", "train.precision=bf16"]
+    adam = {"learning_rate": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+    waits = []
 
-    def counted(timers: dict) -> list[str]:
-        step([], {"zero_optimization": {"stage": stage}, **timers}, lambda _: calls.clear())
-        return [Path(file).name for file in calls]
+    def steps(settings: dict) -> tuple[bool, bool, list[str]]:
+        file = tmp_path_factory.mktemp("ds") / "ds.json"
+        file.write_text(json.dumps(settings))
+        config = compose([*words, f"deepspeed.config={file}"])
+        engine = Engine(lambda: build_objective(config), deepspeed_dict(config, 1, 50_000, "cpu"), ranks, **adam)
+        generator = torch.Generator().manual_seed(0)
+        engine.write(lambda _name, _shape, start, stop: 0.1 * torch.randn(stop - start, generator=generator))
+        for number in range(1, 5):
+            if number == 3:  # the timer does not count the first two
+                waits.clear()
+            x = torch.randn(4, 3, 8, 8, generator=generator)
+            losses = engine(x, torch.rand(4, generator=generator), torch.zeros(4, dtype=torch.int64), x, {})
+            engine.backward(losses["denoising"].mean() * (float("inf") if number == 4 else 1.0))
+            applied = engine.step(1e-3).applied
+        finite = all(bool(shard.master.isfinite().all()) for shard in engine.shards)
+        engine.close()
+        return applied, finite, list(waits)
 
-    assert counted({"timers": {"throughput": {"enabled": True}}}).count("timer.py") == 4, "two per step"
-    assert "timer.py" not in counted({})
+    with group_of_one() as ranks, pytest.MonkeyPatch.context() as patch:
+        caller = sys._getframe
+        patch.setattr(get_accelerator(), "synchronize", lambda *_: waits.append(caller(1).f_code.co_filename))
+        yield steps
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_bf16_step_that_is_not_finite_is_skipped(step, stage):
-    """Under stages 1 and 2 by `bf16.check_grad_overflow` alone; this is why it stays on. Stage 3 looks at the norm."""
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.long), 2, 3])
+def test_what_deepspeed_does_in_a_step(steps, stage):
+    """Its throughput timer waits for the device twice, unless it is off. A bf16 step that is not finite is skipped:
+    under stages 1 and 2 thanks to `check_grad_overflow` alone, so it stays on; stage 3 looks at the norm."""
     zero = {"zero_optimization": {"stage": stage}}
-    assert step(["train.precision=bf16"], zero, factor=float("inf")) == (False, True)
-    without = {**zero, "bf16": {"enabled": "auto", "check_grad_overflow": False}}
-    spoiled = (False, True) if stage == 3 else (True, False)
-    assert step(["train.precision=bf16"], without, factor=float("inf")) == spoiled
+    applied, finite, waits = steps(zero)
+    assert (applied, finite) == (False, True) and not [file for file in waits if file.endswith("utils/timer.py")]
+    changed = {"bf16": {"check_grad_overflow": False}, "timers": {"throughput": {"enabled": True}}}
+    applied, finite, waits = steps({**zero, **changed})
+    assert (applied, finite) == ((False, True) if stage == 3 else (True, False))
+    assert len([file for file in waits if file.endswith("utils/timer.py")]) == 4
 
 
 def test_bf16_accumulation_costs_what_the_documentation_says():
