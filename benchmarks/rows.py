@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -21,8 +22,15 @@ def device_name() -> str:
     return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
 
 
+def results_folder() -> Path:
+    """Where results go: $BENCHMARK_OUT, created when absent; without it benchmarks/results."""
+    folder = Path(os.environ.get("BENCHMARK_OUT") or RESULTS)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def write_row(name: str, row: dict[str, Any]) -> Path:
-    """Appends `row`, with device, versions, commit and time, to results/NAME.jsonl."""
+    """Appends `row`, with device, versions, commit and time, to NAME.jsonl in `results_folder`."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent)
     whole = {
         "benchmark": name,
@@ -33,8 +41,7 @@ def write_row(name: str, row: dict[str, Any]) -> Path:
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         **row,
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.jsonl"
+    path = results_folder() / f"{name}.jsonl"
     with path.open("a") as file:
         file.write(json.dumps(whole) + "\n")
     return path

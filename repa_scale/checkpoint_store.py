@@ -10,11 +10,12 @@ Every file is read back and its checksum taken before the manifest is written.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from repa_scale.checkpoint import MANIFEST, CheckpointReader, list_checkpoints, publish
@@ -23,6 +24,7 @@ from repa_scale.errors import ConfigError, DataError, UserError
 from repa_scale.files import link, sync_folder, write_atomically
 from repa_scale.identity import differing
 from repa_scale.object_store import ObjectStore
+from repa_scale.run_folder import identity_in
 
 LATEST = "latest"
 WORK = "store.tmp-{pid}"  # in RUN/checkpoints, whose left-overs the next start removes
@@ -103,6 +105,18 @@ def restore_newest(run: Path, store: ObjectStore, identity: dict | None = None) 
         raise UserError(
             f"no checkpoint under {store.key}={store.url} is whole ({why}); choose another URL to begin anew"
         )
+    return None
+
+
+def stored_identity(store: ObjectStore) -> dict | None:
+    """`keys`, `identity_hash` and `pair_id` of the run whose checkpoints the store has; None: it has none.
+
+    Raises:
+        UserError: the store does not answer.
+    """
+    for name in _names_by_age(store):
+        with suppress(ValueError, KeyError, TypeError):  # restore_newest tells what is damaged
+            return identity_in(json.loads(store.read(f"{name}/{MANIFEST}") or b""), "identity")
     return None
 
 

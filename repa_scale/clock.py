@@ -9,12 +9,14 @@ from contextlib import contextmanager
 
 import torch
 
+from repa_scale import devices
+
 
 class Clock:
     """Adds up seconds by phase. On CUDA it records events, which are read only in `read`."""
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+        self._cuda = devices.on_gpu(device)
         self._spans: dict[str, list[tuple]] = defaultdict(list)
 
     def now(self) -> object:

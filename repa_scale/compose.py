@@ -7,6 +7,7 @@ names the key. A frozen file (`--config RUN/config.yaml`) needs no Hydra.
 from __future__ import annotations
 
 import dataclasses
+import json
 import types
 import typing
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from repa_scale import config as schema
-from repa_scale.config import Config, TermConfig
+from repa_scale.config import Config, TermConfig, from_dict
 from repa_scale.errors import ConfigError, did_you_mean, require
 from repa_scale.sizes import backbone
 
@@ -27,6 +28,8 @@ OPTIONS = ("--help", "-h", "--config", "--cfg", *RANK_FLAGS, *DEEPSPEED_FLAGS)
 SWEEP = ("-m", "--multirun")  # sweep.py
 # A key among the alignment terms that is no term. `Config.alignment` holds terms alone, so its field lies beside them.
 KERNEL, KERNEL_FIELD = "alignment.kernel", "alignment_kernel"
+# First lines of files: RUN/config.yaml (run_folder.py), and what `repa-scale launch` brings to the nodes.
+STORED_MARK, ORIGIN_MARK = "# identity_hash: ", "# origin: "
 
 
 @dataclasses.dataclass
@@ -46,6 +49,33 @@ class Words:
     show: str = ""
 
 
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where a configuration's values come from; what is in neither set is a default.
+
+    Attributes:
+        asked: keys of the command line and of `--config FILE`. `alignment.NAME` is there where a term is mentioned at
+            all, and `alignment` where a file names all terms.
+        preset: keys that `experiment=NAME` sets.
+    """
+
+    asked: frozenset[str] = frozenset()
+    preset: frozenset[str] = frozenset()
+
+    def asks_for(self, key: str, stored: dict[str, Any]) -> bool:
+        """Whether a key's value stands against that of a stored run: the user gave it, or his preset sets a key that
+        the run knows."""
+        return key in self.asked or (key in self.preset and key in stored)
+
+    def names_terms(self, name: str) -> bool:
+        """Whether the user decided that there is, or is not, an alignment term of this name."""
+        return "alignment" in self.asked or f"alignment.{name}" in self.asked
+
+    def as_line(self) -> str:
+        """A comment for the top of a frozen file."""
+        return f"{ORIGIN_MARK}{json.dumps({'asked': sorted(self.asked), 'preset': sorted(self.preset)})}\n"
+
+
 def compose(argv: list[str]) -> Config:
     """The complete configuration that `argv` asks for.
 
@@ -56,18 +86,25 @@ def compose(argv: list[str]) -> Config:
     Raises:
         ConfigError: an unknown key or preset, a value of the wrong type, an unreadable file.
     """
+    return compose_with_origin(argv)[0]
+
+
+def compose_with_origin(argv: list[str]) -> tuple[Config, Origin]:
+    """`compose`, and which of the values were asked for."""
     words = _sort(argv)
     if words.file and words.preset:
         raise ConfigError(
             f"experiment={words.preset} and --config {words.file} are both whole configurations; give one of them"
         )
-    tree = _frozen(words.file) if words.file else _preset(words.preset)
+    tree, origin = _frozen(words.file) if words.file else _preset(words.preset)
+    asked = set(origin.asked)
     for key, text in words.overrides:
         if text is None:
             _remove(tree, key)
+            asked.add(key)
         else:
-            _assign(tree, key, _value(key, text))
-    return complete(_to_config(tree), words.preset)
+            _assign(tree, key, _value(key, text), asked)
+    return complete(_to_config(tree), words.preset), Origin(frozenset(asked), origin.preset)
 
 
 def complete(config: Config, preset: str = "") -> Config:
@@ -82,12 +119,12 @@ def complete(config: Config, preset: str = "") -> Config:
     return config
 
 
-def resolved_yaml(config: Config) -> str:
-    """The configuration as YAML; `compose(["--config", file])` of it gives an equal `Config`."""
+def resolved_yaml(config: Config, origin: Origin | None = None) -> str:
+    """The configuration as YAML; `compose(["--config", file])` of it gives an equal `Config`, and `origin` if given."""
     omegaconf = require("omegaconf", "train")
     values = omegaconf.OmegaConf.to_container(omegaconf.OmegaConf.structured(config))
     values["alignment"] = {"kernel": values.pop(KERNEL_FIELD), **values["alignment"]}
-    return omegaconf.OmegaConf.to_yaml(omegaconf.OmegaConf.create(values))
+    return (origin.as_line() if origin else "") + omegaconf.OmegaConf.to_yaml(omegaconf.OmegaConf.create(values))
 
 
 def print_requested(argv: list[str]) -> bool:
@@ -219,7 +256,7 @@ def _value(key: str, text: str) -> Any:
 # The tree of values (an OmegaConf of `Config`, which checks the types).
 
 
-def _preset(name: str) -> Any:
+def _preset(name: str) -> tuple[Any, Origin]:
     hydra = require("hydra", "train")
     from omegaconf import OmegaConf
 
@@ -227,37 +264,55 @@ def _preset(name: str) -> Any:
         raise ConfigError(f"experiment={name} is not a preset{did_you_mean(name, presets())}")
     with hydra.initialize_config_module("repa_scale.configs", version_base="1.3"):
         values = OmegaConf.to_container(hydra.compose("config", [f"experiment={name}"] if name else []))
-    tree = OmegaConf.structured(Config())
+    tree, given = OmegaConf.structured(Config()), set()
     for key, value in values.items():
-        _assign(tree, str(key), value)
-    return tree
+        _assign(tree, str(key), value, given)
+    return tree, Origin(preset=frozenset(given))
 
 
-def _frozen(file: str) -> Any:
+def _frozen(file: str) -> tuple[Any, Origin]:
     from omegaconf import OmegaConf
 
     try:
-        values = OmegaConf.to_container(OmegaConf.create(Path(file).read_text(encoding="utf-8")))
+        text = Path(file).read_text(encoding="utf-8")
+        values = OmegaConf.to_container(OmegaConf.create(text))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {file} cannot be read: {_first_line(error)}; name a YAML file") from None
     except Exception as error:
         raise ConfigError(f"--config {file} is not YAML: {_first_line(error)}; mend or replace it") from None
     if not isinstance(values, dict):
         raise ConfigError(f"--config {file} does not hold keys and values; name a file such as RUN/config.yaml")
-    start = Config()
-    if "alignment" in values:
+    stored = text.startswith(STORED_MARK)  # by a run, maybe before some of today's keys existed
+    start = from_dict({}) if stored else Config()
+    given = set()
+    if isinstance(terms := values.get("alignment"), dict):
         start.alignment = {}  # the file names all its terms
+        if stored:
+            start.alignment = {str(name): from_dict({}, TermConfig) for name in terms if str(name) != "kernel"}
+        given.add("alignment")
     tree = OmegaConf.structured(start)
     try:
         for key, value in values.items():
-            _assign(tree, str(key), value)
+            _assign(tree, str(key), value, given)
     except ConfigError as error:
         raise ConfigError(f"--config {file}: {error}") from None
-    return tree
+    return tree, _read_origin(file, text) or Origin(frozenset(given))
 
 
-def _assign(tree: Any, key: str, value: Any) -> None:
-    """Sets one key, or all keys of a mapping. A term that is not there yet is added with its defaults."""
+def _read_origin(file: str, text: str) -> Origin | None:
+    """What `Origin.as_line` wrote; None where the file does not begin with it."""
+    if not text.startswith(ORIGIN_MARK):
+        return None
+    try:
+        found = json.loads(text.splitlines()[0].removeprefix(ORIGIN_MARK))
+        return Origin(frozenset(found["asked"]), frozenset(found["preset"]))
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"--config {file}: its line {ORIGIN_MARK.strip()} is damaged; remove that line") from None
+
+
+def _assign(tree: Any, key: str, value: Any, given: set[str]) -> None:
+    """Sets one key, or all keys of a mapping, and notes them in `given`. A term that is not there yet is added with its
+    defaults."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -266,20 +321,27 @@ def _assign(tree: Any, key: str, value: Any) -> None:
         raise ConfigError(f"{KERNEL} is a key (auto, triton or torch), not a term; give the term another name")
     if isinstance(value, dict):
         _check_group(parts)
-        if parts[0] == "alignment" and len(parts) == 2 and parts[1] not in tree.alignment:
-            tree.alignment[parts[1]] = TermConfig()
+        if parts[0] == "alignment" and len(parts) == 2:
+            _add_term(tree, parts[1], given)
         for name, inner in value.items():
-            _assign(tree, f"{key}.{name}", inner)
+            _assign(tree, f"{key}.{name}", inner, given)
         return
     hint = _check_key(parts)
-    if parts[0] == "alignment" and key != KERNEL and parts[1] not in tree.alignment:
-        tree.alignment[parts[1]] = TermConfig()
+    if parts[0] == "alignment" and key != KERNEL:
+        _add_term(tree, parts[1], given)
+    given.add(key)
     if value == "???":
         raise ConfigError(f"{key}=??? stands for a value that is still needed; give {key}={_describe(hint)}")
     try:
         OmegaConf.update(tree, KERNEL_FIELD if key == KERNEL else key, value, merge=False)
     except (OmegaConfBaseException, ValueError, TypeError):
         raise ConfigError(f"{key}={_show(value)} is not {_describe(hint)}") from None
+
+
+def _add_term(tree: Any, name: str, given: set[str]) -> None:
+    given.add(f"alignment.{name}")
+    if name not in tree.alignment:
+        tree.alignment[name] = TermConfig()
 
 
 def _remove(tree: Any, key: str) -> None:

@@ -6,8 +6,26 @@ explains every key.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, is_dataclass
+import copy
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import Any, Dict, List, Optional, get_args, get_origin, get_type_hints
+
+
+def added(default: Any, *, before: Any) -> Any:
+    """A key that stored runs may lack: its default for new runs, and what runs did `before` the key existed.
+
+    Every key added after the first release is declared this way (CONTRIBUTING.md), so that no older run is orphaned:
+    wherever a stored configuration or identity lacks the key, `before` holds (`from_dict`, identity.py). A run's
+    identity names the key only where its value differs from `before`.
+    """
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"before": before})
+    return field(default=default, metadata={"before": before})
+
+
+def value_before(key: Field) -> Any:
+    """What runs did before this key existed; `MISSING` for a key that was always there."""
+    return copy.copy(key.metadata["before"]) if "before" in key.metadata else MISSING
 
 
 @dataclass
@@ -39,7 +57,7 @@ class DataConfig:
     workers: int = 2  # loader processes a rank; 0: decode in the training process
     verify: bool = True  # check the hash of every shard before its first use
     decoder: str = "auto"  # auto | dali | pillow
-    flip: bool = False  # mirror each picture with probability one half
+    flip: bool = added(False, before=False)  # mirror each picture with probability one half
     max_bad: str = "0.1%"  # share of the samples that may be unreadable; above it the run stops
     remote: str = ""  # URL of the set (s3://..., gs://...), instead of data.path
     cache: str = ""  # folder on a local disk for the shards of a remote set
@@ -140,7 +158,7 @@ class HealthConfig:
     max_rollbacks: int = 3  # one more ends the run with code 65
     on_spike: str = "log"  # log | skip (costs a reduction a step) | rollback
     spike_deviations: float = 10.0  # robust deviations above the median of the last steps; 0: off
-    leave_out: str = ""  # batches never to train on, such as "12-15,40"
+    leave_out: str = added("", before="")  # batches never to train on, such as "12-15,40"
     hang_seconds: float = 300.0  # the least deadline of a phase; 0: no watchdog
     grace_seconds: float = 600.0  # from the wish to stop to the end of the save
 
@@ -210,7 +228,9 @@ class Config:
 
 
 def from_dict(values: dict[str, Any], of: type = Config) -> Any:
-    """The dataclass whose `dataclasses.asdict` is `values`; keys that are left out keep their defaults.
+    """A configuration as it was stored: by `dataclasses.asdict`, in a checkpoint, an export or MLflow.
+
+    A key that is left out has the value from before it existed (`added`), else its default.
 
     Raises:
         KeyError: a key that the dataclass does not have.
@@ -218,7 +238,14 @@ def from_dict(values: dict[str, Any], of: type = Config) -> Any:
     hints = get_type_hints(of)
     if unknown := set(values) - {f.name for f in fields(of)}:
         raise KeyError(f"{of.__name__} has no key {sorted(unknown)[0]}")
-    return of(**{name: _convert(value, hints[name]) for name, value in values.items()})
+    known = {name: _convert(value, hints[name]) for name, value in values.items()}
+    for key in fields(of):
+        if key.name not in known:
+            if is_dataclass(hints[key.name]):
+                known[key.name] = from_dict({}, hints[key.name])
+            elif (before := value_before(key)) is not MISSING:
+                known[key.name] = before
+    return of(**known)
 
 
 def _convert(value: Any, hint: Any) -> Any:

@@ -22,6 +22,26 @@ BUCKET = 50_000_000  # elements; DeepSpeed's 5e8 allocates 1 to 2 GB a rank at s
 # What the run's own keys decide: DeepSpeed's sections for them must stay out of the file.
 OURS = {"optimizer": "optimizer.*", "scheduler": "optimizer.schedule", "amp": "train.precision"}
 OFFLOAD = ("offload_optimizer", "offload_param", "zenflow", "zero_hpz_partition_size")
+# DeepSpeed has removed these. It refuses them itself, but only when the engine is built, after the ranks have joined.
+MICS = "MiCS; stage 3 shards over all ranks"
+REMOVED = {
+    "zero_optimization.mics_shard_size": MICS,
+    "zero_optimization.mics_hierarchical_params_gather": MICS,
+    "zero_optimization.zeropp_loco_param": "LoCo; ZeRO++ works without it",
+    "nebula": "Nebula; checkpoint.* decides how the run saves",
+    "compression_training": "the compression library",
+    "quantize_training": "mixture of quantization",
+    "eigenvalue": "mixture of quantization",
+    "sparse_gradients": "sparse gradients",
+    "sparse_attention": "sparse attention",
+    "elasticity": "elastic training; a run resumes on any number of ranks without it",
+    "graph_harvesting": "graph harvesting",
+    "curriculum_learning": "legacy curriculum learning",
+    "progressive_layer_drop": "progressive layer dropping",
+}
+# Where the user's file is silent and DeepSpeed's default is slow: its throughput timer waits for the device twice per
+# micro batch. The run measures its own rate.
+IF_ABSENT = {"timers.throughput.enabled": False}
 
 
 def deepspeed_dict(config: Config, world_size: int, num_parameters: int, device: str) -> dict[str, Any]:
@@ -42,7 +62,7 @@ def deepspeed_dict(config: Config, world_size: int, num_parameters: int, device:
     for path, (value, key) in run.items():
         given = _get(values, path)
         if given is None or given == "auto":
-            _set(values, path, value)
+            _set(name, values, path, value)
         elif given != value or isinstance(given, bool) != isinstance(value, bool):
             raise ConfigError(
                 f"{name}: {path}={json.dumps(given)} contradicts {key}, which makes it {json.dumps(value)}; "
@@ -50,7 +70,10 @@ def deepspeed_dict(config: Config, world_size: int, num_parameters: int, device:
             )
     for path, value in _size_values(num_parameters, device).items():
         if _get(values, path) == "auto":
-            _set(values, path, value)
+            _set(name, values, path, value)
+    for path, value in IF_ABSENT.items():
+        if _get(values, path) in (None, "auto"):
+            _set(name, values, path, value)
     if left := _autos(values):
         raise ConfigError(f'{name}: {left[0]}="auto" cannot be filled in from the run; give a value or remove it')
     return values
@@ -131,6 +154,12 @@ def _refuse_foreign(name: str, values: dict[str, Any]) -> None:
             raise ConfigError(
                 f"{name}: {section} contradicts {key} of the run, which decides it; remove it from the file"
             )
+    for path, what in REMOVED.items():
+        *section, key = path.split(".")
+        if key in (values.get(section[0], {}) if section else values):
+            raise ConfigError(
+                f"{name}: {path} is no longer supported, DeepSpeed has removed it ({what}); remove the key"
+            )
     for section in OFFLOAD:
         if values.get("zero_optimization", {}).get(section) not in (None, False, 1):
             raise ConfigError(
@@ -154,10 +183,12 @@ def _get(values: dict[str, Any], path: str) -> Any:
     return values
 
 
-def _set(values: dict[str, Any], path: str, value: Any) -> None:
+def _set(name: str, values: dict[str, Any], path: str, value: Any) -> None:
     *sections, key = path.split(".")
     for section in sections:
         values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"{name}: {section}={json.dumps(values)} must be a section with {key}; copy {FILE}")
     values[key] = value
 
 

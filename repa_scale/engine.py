@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from repa_scale import devices
 from repa_scale.errors import require
 from repa_scale.objective import Objective
 from repa_scale.ranks import Ranks
@@ -83,8 +84,7 @@ class Engine:
         with deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=self.stage == 3):
             objective = build()
         _prepare_blocks(objective, compile, checkpointing)
-        if self.stage < 3:
-            objective.to(ranks.device)
+        place(objective, ranks.device, self.stage)
         # Two groups, so that the gradient norm of the backbone is summed in the same order with and without projectors.
         groups = [{"params": list(objective.model.parameters())}, {"params": list(objective.projectors.parameters())}]
         optimizer = torch.optim.AdamW(
@@ -93,7 +93,7 @@ class Engine:
             betas=betas,
             eps=eps,
             weight_decay=weight_decay,
-            fused=ranks.device.type == "cuda",
+            fused=devices.on_gpu(ranks.device),
         )
         self.ds, self.optimizer, _, _ = deepspeed.initialize(
             model=objective, optimizer=optimizer, config=ds_config, dist_init_required=False
@@ -298,6 +298,17 @@ def import_deepspeed():
     finally:
         compiler.compile = decorate
     return deepspeed
+
+
+def place(objective: Objective, device: torch.device, stage: int) -> None:
+    """Moves to `device` what is not there yet. Under stage 3 that is the buffers: `zero.Init` moves parameters only,
+    and DeepSpeed calls `Module.to` only where it has not partitioned them."""
+    if stage < 3:
+        objective.to(device)
+        return
+    for module in objective.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
 
 
 def _prepare_blocks(objective: Objective, compile: bool, checkpointing: bool) -> None:

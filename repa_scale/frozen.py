@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from repa_scale import devices
 from repa_scale.alignment import AlignmentTerm
 from repa_scale.clock import Clock
 from repa_scale.config import Config
@@ -37,7 +38,7 @@ class Frozen:
     ) -> None:
         cached = cached or Cached()
         # bf16 convolutions are slower than fp32 ones on a CPU; on a GPU the frozen networks follow the run's precision.
-        dtype = DTYPES[config.train.precision] if ranks.device.type == "cuda" else torch.float32
+        dtype = DTYPES[config.train.precision] if devices.on_gpu(ranks.device) else torch.float32
         self.dtype = dtype
         self.terms = terms
         self.clock = clock

@@ -56,36 +56,45 @@ class Shared:
 
     Attributes:
         means: over the ranks.
+        counts: summed over the ranks.
         fingerprint: the sum of all ranks' fingerprints modulo 2**64.
         flags: whether any rank sets it.
         seconds: of the local phases, by rank.
     """
 
     means: list[float]
+    counts: list[float]
     fingerprint: int
     flags: list[bool]
     seconds: list[list[float]]
 
 
 def reduce_step(
-    ranks: Ranks, means: Sequence[torch.Tensor], fingerprint: int, flags: Sequence[bool], seconds: Sequence[float] = ()
+    ranks: Ranks,
+    means: Sequence[torch.Tensor],
+    fingerprint: int,
+    flags: Sequence[bool],
+    seconds: Sequence[float] = (),
+    counts: Sequence[float] = (),
 ) -> Shared:
     """The step's own collective, one small reduction for all of these.
 
     Args:
-        means: scalars of this rank.
+        means: scalars of this rank, on its device.
+        counts: numbers of this rank, on the host.
         seconds: of this rank's local phases (stragglers.py).
     """
     chunks = [(fingerprint >> (16 * k)) & 0xFFFF for k in range(CHUNKS)]
     table = [0.0] * (len(seconds) * ranks.world_size)
     table[ranks.rank * len(seconds) : (ranks.rank + 1) * len(seconds)] = seconds
     scalars = torch.stack([m.detach().double() for m in means]) / ranks.world_size
-    rest = torch.tensor([*chunks, *map(float, flags), *table], dtype=torch.float64, device=ranks.device)
-    packed = torch.cat([scalars.to(ranks.device), rest])
+    rest = torch.tensor([*chunks, *map(float, flags), *counts, *table], dtype=torch.float64, device=ranks.device)
+    packed = torch.cat([scalars, rest])
     if ranks.world_size > 1:
         dist.all_reduce(packed)
     values = iter(packed.tolist())
     reduced = list(islice(values, len(means)))
     total = sum(int(chunk) << (16 * k) for k, chunk in enumerate(islice(values, CHUNKS))) % 2**64
     raised = [value > 0 for value in islice(values, len(flags))]
-    return Shared(reduced, total, raised, [list(islice(values, len(seconds))) for _ in range(ranks.world_size)])
+    summed = list(islice(values, len(counts)))
+    return Shared(reduced, summed, total, raised, [list(islice(values, len(seconds))) for _ in range(ranks.world_size)])

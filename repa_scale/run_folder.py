@@ -165,6 +165,7 @@ def open_run(path: Path, identity: dict, config_yaml: str, resume: str) -> RunFo
     (path / "stop").unlink(missing_ok=True)
     for name in ("checkpoints", "samples", "log"):
         (path / name).mkdir(exist_ok=True)
+    identity = {**identity, **(stored_identity(path) or {})}  # its hashes stay as they are
     write_atomically(path / "identity.json", json.dumps(identity, indent=1))
     hashes = f"# identity_hash: {identity['identity_hash']}\n# pair_id: {identity['pair_id']}\n"
     write_atomically(path / "config.yaml", hashes + config_yaml)
@@ -183,18 +184,43 @@ def check_identity(path: Path, identity: dict) -> None:
     """Refuses a folder whose run has another identity, naming every key that differs."""
     from repa_scale.identity import differing
 
-    file = path / "identity.json"
-    if not file.is_file():
-        return
-    try:
-        theirs = json.loads(file.read_text())["keys"]
-    except (ValueError, KeyError):
-        raise UserError(f"{file} is damaged, so this run cannot be compared with it; choose another run.dir") from None
-    if lines := differing(theirs, identity["keys"]):
+    stored = stored_identity(path)
+    if stored is not None and (lines := differing(stored["keys"], identity["keys"])):
         raise ConfigError(
             f"run.dir={path} belongs to another run; these keys differ (there -> here): {'; '.join(lines)}; "
             "choose another run.dir, or the same settings"
         )
+
+
+def stored_identity(path: Path) -> dict | None:
+    """`keys`, `identity_hash` and `pair_id` of the run in a folder: of identity.json, else of its newest checkpoint.
+
+    None: there is no run yet.
+
+    Raises:
+        UserError: identity.json is damaged, or cannot be read.
+    """
+    file = path / "identity.json"
+    try:
+        if file.is_file():
+            return identity_in(json.loads(file.read_text()), "keys")
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}); choose another run.dir") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{file} is damaged, so this run cannot be compared with it; choose another run.dir") from None
+    for manifest in sorted(path.glob("checkpoints/step_*[0-9]/manifest.json"), reverse=True):
+        with suppress(OSError, ValueError, KeyError, TypeError):  # a damaged one is dealt with when it is loaded
+            return identity_in(json.loads(manifest.read_text()), "identity")
+    return None
+
+
+def identity_in(stored: dict, keys: str) -> dict:
+    """What identity.json (`keys`) or a manifest (`identity`) says of the run.
+
+    Raises:
+        KeyError, TypeError, ValueError: it does not.
+    """
+    return {"keys": dict(stored[keys]), "identity_hash": stored["identity_hash"], "pair_id": stored["pair_id"]}
 
 
 def pinned_pixels(path: Path) -> str | None:

@@ -151,11 +151,12 @@ def _sde(drift: _Guided, x: Tensor, steps: int, path: str, step_noise: StepNoise
 def reverse_drift(t: float, diffusion: float, path: str) -> Convert:
     """v - w/2 * score, where score = (r v - x) / (sigma^2 - r sigma' sigma) and r = alpha / alpha'."""
     at = Interpolant(path).coefficients(torch.tensor(t, dtype=torch.float64))
-    r = at.alpha / at.d_alpha
-    variance = at.sigma**2 - r * at.d_sigma * at.sigma
+    # Plain numbers: a tensor of the host would be copied to the device in every step.
+    r = (at.alpha / at.d_alpha).item()
+    variance = (at.sigma**2 - r * at.d_sigma * at.sigma).item()
 
     def convert(v: Tensor, x: Tensor) -> Tensor:
-        score = (r.to(x.device) * v - x) / variance.to(x.device)
+        score = (r * v - x) / variance
         return v - 0.5 * diffusion * score
 
     return convert

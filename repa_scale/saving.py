@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from repa_scale import devices
 from repa_scale.checkpoint import KINDS, Piece, publish, step_folder, write_manifest, write_pieces
 from repa_scale.config import CheckpointConfig
 from repa_scale.ema import ShardEma
@@ -162,13 +163,13 @@ class Saver:
             for shard, average in zip(self.engine.shards, self.ema.values, strict=True)
         ]
         if not self._host:
-            pinned = self.ranks.device.type == "cuda"
+            pinned = devices.on_gpu(self.ranks.device)
             for tensors in sources:
                 self._host.append({k: torch.empty(v.shape, pin_memory=pinned) for k, v in tensors.items()})
         for host, tensors in zip(self._host, sources, strict=True):
             for kind in KINDS:
                 host[kind].copy_(tensors[kind], non_blocking=True)
-        if self.ranks.device.type == "cuda":
+        if devices.on_gpu(self.ranks.device):
             torch.cuda.current_stream().synchronize()
         shards = self.engine.shards
         return [Piece(s.name, s.shape, s.start, s.stop, host) for s, host in zip(shards, self._host, strict=True)]

@@ -37,7 +37,7 @@ def set_initial(engine: Engine, ema: ShardEma, config: Config) -> None:
         # A label table of other classes begins anew, and so do the projectors.
         if read is not None and name.startswith("model.") and shapes.get(public) == shape:
             return read(public, start, stop).float()
-        return initial_values(name, shape, start, stop, config.seed)
+        return initial_values(name, shape, start, stop, config.seed, engine.ranks.device)
 
     engine.restart()
     engine.write(source)

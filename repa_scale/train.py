@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(argv: list[str]) -> tuple[int, str]:
     """The exit code, and the error behind it on one line."""
-    from repa_scale.compose import SWEEP, compose, print_requested
+    from repa_scale.compose import SWEEP, compose_with_origin, print_requested
     from repa_scale.placement import adopt
 
     try:
@@ -48,7 +48,7 @@ def _main(argv: list[str]) -> tuple[int, str]:
         if print_requested(argv):
             return ExitCode.COMPLETED, ""
         _log_to_console()
-        return int(run(compose(argv))), ""
+        return int(run(*compose_with_origin(argv))), ""
     except UserError as error:
         if int(os.environ.get("RANK", 0)) == 0:  # the others found the same
             print(f"repa-scale: error: {error}", file=sys.stderr)
@@ -70,32 +70,27 @@ def _leave_outcome(code: int, error: str) -> None:
             path.write_text(json.dumps({"code": int(code), "error": error}))
 
 
-def run(config) -> ExitCode:
-    """Checks all that can be checked before anything is loaded, then trains `config` (repa_scale.config.Config)."""
+def run(config, origin) -> ExitCode:
+    """Checks all that can be checked before anything is loaded, then trains `config` (repa_scale.config.Config).
+
+    Args:
+        origin: which of its values were asked for (repa_scale.compose.Origin); a run that goes on keeps its own others.
+    """
     from repa_scale.compose import resolved_yaml
     from repa_scale.ranks import Ranks
-    from repa_scale.validation import validate
+    from repa_scale.run_folder import stored_identity
 
     ranks = Ranks.from_environment(config.train.device)
-    validate(config, ranks.world_size)
-    from repa_scale.alignment import check_kernel
-    from repa_scale.data.dataset import check_dataset, open_configured
-    from repa_scale.tracking import check_installed
-
-    check_installed(config)
-    check_kernel(config, ranks.device)
-    dataset = open_configured(config.data)
-    check_dataset(dataset, config.model.num_classes, config.data.image_size, config.train.global_batch)
-    dataset.cached = stored_features_of(config, dataset)
-    from repa_scale.deepspeed_config import deepspeed_dict
-    from repa_scale.objective import count_parameters
-    from repa_scale.state import check_initial
-
-    check_initial(config)
-    parameters = count_parameters(config)
-    ds_config = deepspeed_dict(config, ranks.world_size, parameters, ranks.device.type)
-    identity = run_identity(config, dataset.fingerprint)
+    given, stored = config, stored_identity(Path(config.run.dir))
+    config, kept = _resumed(given, stored, origin)
+    dataset, parameters, ds_config = check(config, ranks)
     ranks.start()
+    theirs = _on_main(ranks, lambda: _stored(given))
+    if theirs != stored:  # the run is restored from its upload, or the file system showed this rank an older folder
+        stored = theirs
+        config, kept = _resumed(given, stored, origin)
+        dataset, parameters, ds_config = check(config, ranks)
+    identity = run_identity(config, dataset.fingerprint)
     if len(set(ranks.gather_objects(identity["identity_hash"]))) > 1:
         raise ConfigError("the ranks have different configurations or data; start them all with the same arguments")
     _verify(config, dataset, ranks)
@@ -103,10 +98,13 @@ def run(config) -> ExitCode:
 
     decoders = Decoders.found(config.data.decoder, ranks, dataset.manifest["recipe"], dataset.cached.pictures)
     folder, decoder = _join(config, ranks, identity, resolved_yaml(config), 16 * parameters + 2**20, decoders)
+    identity |= stored or {}  # its hashes stay as they are
     from repa_scale.run_folder import log_to_folder
 
     log_to_folder(Path(config.run.dir), ranks.rank)
     decoder.tell()
+    if kept:
+        log.info("resuming with stored values instead of defaults: %s", "; ".join(kept))
     if config.train.deterministic:
         import torch
 
@@ -132,6 +130,73 @@ def run(config) -> ExitCode:
         if tracker is not None:
             tracker.finish("failed")
         raise
+
+
+def check(config, ranks):
+    """What ends a rank before it joins the others. Returns the data set, the number of parameters and DeepSpeed's
+    configuration.
+
+    Raises:
+        ConfigError: the configuration breaks a rule, or does not go with the data set or the initial weights.
+    """
+    from repa_scale.validation import validate
+
+    validate(config, ranks.world_size)
+    from repa_scale.alignment import check_kernel
+    from repa_scale.data.dataset import check_dataset, open_configured
+    from repa_scale.tracking import check_installed
+
+    check_installed(config)
+    check_kernel(config, ranks.device)
+    dataset = open_configured(config.data)
+    check_dataset(dataset, config.model.num_classes, config.data.image_size, config.train.global_batch)
+    dataset.cached = stored_features_of(config, dataset)
+    from repa_scale.deepspeed_config import deepspeed_dict
+    from repa_scale.objective import count_parameters
+    from repa_scale.state import check_initial
+
+    check_initial(config)
+    parameters = count_parameters(config)
+    return dataset, parameters, deepspeed_dict(config, ranks.world_size, parameters, ranks.device.type)
+
+
+def _resumed(config, stored: dict | None, origin) -> tuple:
+    """The configuration with the stored values of a run that goes on, and a line for each key taken from them."""
+    from repa_scale.stored_values import with_stored_values
+
+    return with_stored_values(config, stored["keys"], origin) if stored else (config, [])
+
+
+def _stored(config) -> dict | None:
+    """The identity of the run that goes on: in its folder, or where an earlier machine uploaded its checkpoints."""
+    import tempfile
+
+    from repa_scale.checkpoint import list_checkpoints
+    from repa_scale.run_folder import stored_identity
+    from repa_scale.uploads import KEY
+
+    path, url = Path(config.run.dir), config.checkpoint.upload
+    stored = stored_identity(path)
+    if stored is None and url and config.run.resume != "never" and not list_checkpoints(path / "checkpoints"):
+        from repa_scale import checkpoint_store
+
+        with tempfile.TemporaryDirectory() as scratch, checkpoint_store.open_store(Path(scratch), url, KEY) as store:
+            stored = checkpoint_store.stored_identity(store)
+    return stored
+
+
+def _on_main(ranks, ask):
+    """What rank 0 gets from `ask`, on every rank; where it raises a UserError, every rank raises the same."""
+    value, refusal = None, None
+    if ranks.is_main:
+        try:
+            value = ask()
+        except UserError as error:
+            refusal = error
+    value, refusal = ranks.broadcast_object((value, refusal))
+    if refusal is not None:
+        raise refusal
+    return value
 
 
 def stored_features_of(config, dataset):

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from repa_scale import evaluations
+from repa_scale import devices, evaluations
 from repa_scale.checkpoint import MANIFEST, step_folder
 from repa_scale.clock import Clock
 from repa_scale.config import Config
@@ -302,22 +302,21 @@ class Trainer:
         """
         self.watchdog.enter("record", step)
         names = sorted(losses)
-        left_out = torch.tensor(float(len(batch.bad)))
-        faults = torch.tensor(float(len(batch.faults)))
         shared = reduce_step(
             self.ranks,
-            [left_out, faults, *(losses[name] for name in names)],
+            [losses[name] for name in names],
             fingerprint(batch.ids),
             [self.stop.asked, self.saver.failed],
             [self._seconds.get(phase, 0.0) for phase in LOCAL_PHASES],  # of the step before: no wait for the device
+            [len(batch.bad), len(batch.faults)],
         )
         stop, save_failed = shared.flags
-        bad, faulty, *means = shared.means
+        bad, faulty = shared.counts
         if bad:
             self.set_aside(step, batch)
         if faulty:
             self.note_faults(step, batch)
-        values = dict(zip(names, means, strict=True))
+        values = dict(zip(names, shared.means, strict=True))
         if save_failed:
             self.saver.retry()
         for name, mean in values.items():
@@ -529,7 +528,7 @@ def _alignment_row(values: dict[str, float]) -> dict[str, float]:
 
 def _peak_memory(device: torch.device) -> int:
     """Bytes: the device's allocations on CUDA, the process's resident memory on a CPU."""
-    if device.type == "cuda":
+    if devices.on_gpu(device):
         return torch.cuda.max_memory_allocated(device)
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kilobytes if sys.platform == "darwin" else kilobytes * 1024

@@ -6,10 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from process_group import group_of_one
 
 from repa_scale.compose import compose
-from repa_scale.deepspeed_config import deepspeed_dict, packaged_file, zero_stage
+from repa_scale.deepspeed_config import OURS, REMOVED, deepspeed_dict, packaged_file, zero_stage
+from repa_scale.engine import Engine, import_deepspeed
 from repa_scale.errors import ConfigError
+from repa_scale.objective import build_objective
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -47,6 +51,7 @@ def test_everything_is_filled_in():
     assert zero["reduce_bucket_size"] == zero["stage3_prefetch_bucket_size"] == 50_000_000
     assert zero["overlap_comm"] is True and zero["memory_efficient_linear"] is False
     assert values["data_types"]["grad_accum_dtype"] == values["communication_data_type"] == "fp32"
+    assert values["timers"] == {"throughput": {"enabled": False}}
 
 
 def test_buckets_are_no_larger_than_the_model():
@@ -85,7 +90,10 @@ def test_a_contradiction_names_both_places(write, changes, ours):
 def test_agreement_and_own_values_pass(write):
     override = write(train_batch_size=256, bf16__enabled=True, zero_optimization__reduce_bucket_size=7)
     assert fill(override)["zero_optimization"]["reduce_bucket_size"] == 7
-    assert fill(write('{"zero_optimization": {"stage": 2}}'))["train_batch_size"] == 256
+    values = fill(write('{"zero_optimization": {"stage": 2}}'))
+    assert values["train_batch_size"] == 256 and values["timers"] == {"throughput": {"enabled": False}}
+    assert fill(write(timers={"throughput": {"enabled": True}}))["timers"]["throughput"]["enabled"] is True
+    assert fill(write(bf16__check_grad_overflow=False))["bf16"] == {"enabled": True, "check_grad_overflow": False}
 
 
 @pytest.mark.parametrize(
@@ -98,6 +106,15 @@ def test_agreement_and_own_values_pass(write):
         (None, {"zero_optimization__offload_optimizer": {"device": "cpu"}}, "offload_optimizer"),
         (None, {"steps_per_print": "auto"}, "steps_per_print"),
         ('{"gradient_cliping": 1, "zero_optimization": {"stage": 3}}', {}, "'gradient_clipping'"),
+        ('{"bf16": true, "zero_optimization": {"stage": 3}}', {}, "bf16=true must be a section"),
+        ('{"timers": false, "zero_optimization": {"stage": 3}}', {}, "timers=false must be a section"),
+        (None, {"zero_optimization__mics_shard_size": 8}, "zero_optimization.mics_shard_size is no longer supported"),
+        (
+            None,
+            {"zero_optimization__mics_hierarchical_params_gather": None},
+            "removed it (MiCS; stage 3 shards over all",
+        ),
+        (None, {"elasticity": {"enabled": True}}, "a run resumes on any number of ranks"),
     ],
 )
 def test_a_bad_file_is_answered_in_one_line(write, text, changes, part):
@@ -133,10 +150,85 @@ def test_the_wheel_brings_the_file(tmp_path):
     assert (built / "experiment" / "demo_repa.yaml").is_file()
 
 
+def test_every_key_that_deepspeed_removed_is_refused_here():
+    """The names are DeepSpeed's own, and private: if they move, look where they went."""
+    import_deepspeed()
+    from deepspeed.runtime import config as theirs
+
+    removed = {f"zero_optimization.{key}" for key in theirs._REMOVED_ZERO_CONFIG_KEYS}
+    removed |= set(theirs._REMOVED_TOP_LEVEL_CONFIG_KEYS)
+    assert removed - {"amp"} == set(REMOVED) and "amp" in OURS
+
+
+@pytest.fixture(scope="module")
+def step(tmp_path_factory):
+    """Makes a real engine on this process, in one process group, and calls `look(engine)` after its second step.
+
+    step(words, settings, look, factor): `factor` scales the loss of the third step. Returns (whether that step was
+    applied, whether all master weights are finite).
+    """
+    words = ["model.name=SiT-Nano/8", "data.image_size=8", "latents.name=identity", "method=baseline"]
+    words += ["model.num_classes=0", "train.global_batch=4"]
+
+    def step(more: list[str], settings: dict, look=lambda engine: None, factor: float = 1.0):
+        file = tmp_path_factory.mktemp("ds") / "ds.json"
+        file.write_text(json.dumps(settings))
+        config = compose([*words, *more, f"deepspeed.config={file}"])
+        engine = Engine(
+            lambda: build_objective(config),
+            deepspeed_dict(config, 1, 50_000, "cpu"),
+            ranks,
+            learning_rate=1e-3,
+            betas=(0.9, 0.999),
+            eps=1e-8,
+            weight_decay=0.0,
+        )
+        generator = torch.Generator().manual_seed(0)
+        engine.write(lambda _name, _shape, start, stop: 0.1 * torch.randn(stop - start, generator=generator))
+        for number in range(4):
+            x = torch.randn(4, 3, 8, 8, generator=generator)
+            losses = engine(x, torch.rand(4, generator=generator), torch.zeros(4, dtype=torch.int64), x, {})
+            engine.backward(losses["denoising"].mean() * (factor if number == 3 else 1.0))
+            applied = engine.step(1e-3).applied
+            if number == 1:
+                look(engine)
+        finite = all(bool(shard.master.isfinite().all()) for shard in engine.shards)
+        engine.close()
+        return applied, finite
+
+    with group_of_one() as ranks:
+        yield step
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_throughput_timer_synchronizes_the_device_no_more(step, stage, monkeypatch):
+    from deepspeed.accelerator import get_accelerator
+
+    calls = []
+    monkeypatch.setattr(get_accelerator(), "synchronize", lambda *_: calls.append(sys._getframe(1).f_code.co_filename))
+
+    def counted(timers: dict) -> list[str]:
+        step([], {"zero_optimization": {"stage": stage}, **timers}, lambda _: calls.clear())
+        return [Path(file).name for file in calls]
+
+    assert counted({"timers": {"throughput": {"enabled": True}}}).count("timer.py") == 4, "two per step"
+    assert "timer.py" not in counted({})
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_bf16_step_that_is_not_finite_is_skipped(step, stage):
+    """Under stages 1 and 2 by `bf16.check_grad_overflow` alone; this is why it stays on. Stage 3 looks at the norm."""
+    zero = {"zero_optimization": {"stage": stage}}
+    assert step(["train.precision=bf16"], zero, factor=float("inf")) == (False, True)
+    without = {**zero, "bf16": {"enabled": "auto", "check_grad_overflow": False}}
+    spoiled = (False, True) if stage == 3 else (True, False)
+    assert step(["train.precision=bf16"], without, factor=float("inf")) == spoiled
+
+
 def test_bf16_accumulation_costs_what_the_documentation_says():
     """Eight micro batches: some 0.3 % of the gradient (docs/configuration.md); this is why the default is fp32."""
-    import torch
-
     from repa_scale.models import build_sit
 
     generator = torch.Generator().manual_seed(0)

@@ -9,7 +9,7 @@ from launching import SMALL, Launch, exact, train
 from s3_server import s3_server  # noqa: F401
 
 from repa_scale.checkpoint import KINDS, MANIFEST, Piece, list_checkpoints, publish, write_manifest, write_pieces
-from repa_scale.checkpoint_store import open_store, restore_newest, upload_newest
+from repa_scale.checkpoint_store import open_store, restore_newest, stored_identity, upload_newest
 from repa_scale.cli import main
 from repa_scale.errors import ConfigError, DataError, UserError
 from repa_scale.object_store import ObjectStore
@@ -36,7 +36,8 @@ def save(run, step, seed=0):
         entries.append(
             write_pieces(temporary, rank, 2, [Piece("model.w", (1000,), 500 * rank, 500 * rank + 500, tensors)])
         )
-    write_manifest(temporary, entries, {"step": step, "identity": IDENTITY, "world_size": 2})
+    hashes = {"identity_hash": "aa", "pair_id": "bb"}
+    write_manifest(temporary, entries, {"step": step, "identity": IDENTITY, **hashes, "world_size": 2})
     publish(temporary, run / "checkpoints" / f"step_{step:08d}")
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": step, "attempt": 1}) + "\n")
@@ -167,6 +168,18 @@ def test_another_run_is_refused_with_its_keys(server, tmp_path):
     assert not list((tmp_path / "other" / "checkpoints").iterdir())
 
 
+def test_a_store_tells_whose_checkpoints_it_has(server, tmp_path):
+    """So that a run whose disk is lost keeps the values that it was started with (train.py)."""
+    run = tmp_path / "run"
+    with open_store(run, URL, "checkpoint.upload") as store:
+        assert stored_identity(store) is None
+        for step in (4, 8):
+            save(run, step)
+            upload_newest(run, store)
+        overwrite(server, "step_00000008/manifest.json", b"{}")
+        assert stored_identity(store) == {"keys": IDENTITY, "identity_hash": "aa", "pair_id": "bb"}
+
+
 def test_wrong_urls_and_absent_stores_are_one_line(tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
     save(run, 4)
@@ -188,7 +201,8 @@ def test_a_run_whose_disk_is_lost_goes_on_from_the_store(server, digits, tmp_pat
     """Killed, its folder deleted, and started again as on another machine: the bits of an undisturbed run. The store is
     away for a while in the middle, and that costs no step."""
     words = [*SMALL, f"data.path={digits}", "train.checkpoint_every=4", "train.steps=20"]
-    plain = train(words, tmp_path / "plain", 1, "alone")
+    first = ["optimizer.eps=1e-4"]  # given at the first start alone: the store knows it
+    plain = train([*words, *first], tmp_path / "plain", 1, "alone")
     run, url = tmp_path / "run", f"s3://{BUCKET}/run"
     words = [*words, f"checkpoint.upload={url}"]
     server.kill()
@@ -196,7 +210,7 @@ def test_a_run_whose_disk_is_lost_goes_on_from_the_store(server, digits, tmp_pat
     assert launch.wait() == 64 and "does not answer" in launch.text(), "a start cannot know whether to go on"
     server.start()
     server.client().create_bucket(Bucket=BUCKET)
-    launch = Launch([*words, "train.steps=8"], run, 1, "alone", **server.environment)
+    launch = Launch([*words, *first, "train.steps=8"], run, 1, "alone", **server.environment)
     launch.succeed()
     shutil.rmtree(run)
     rows = train(words, run, 1, "alone", **server.environment)

@@ -21,6 +21,7 @@ from concurrent.futures import TimeoutError as FuturesTimeoutError
 import torch
 from torch.utils.data import DataLoader
 
+from repa_scale import devices
 from repa_scale.data.dali import DaliDecoder
 from repa_scale.data.dataset import DataSet, check_dataset, open_dataset
 from repa_scale.data.decode import decode
@@ -80,7 +81,7 @@ class Batches:
 
     def _taken(self, batch: Batch | InSlab) -> Batch:
         """Before the next batch is asked for, which may use the slab again."""
-        pinned = self._device.type == "cuda"
+        pinned = devices.on_gpu(self._device)
         return batch.taken(self._steps.slabs, pinned) if isinstance(batch, InSlab) else batch
 
     def _read(self) -> Callable[[int], Batch]:
@@ -94,7 +95,7 @@ class Batches:
             batch = copies.steps[step]
             if isinstance(batch, Failure):
                 raise DataError(batch.reason)
-            return onwards(batch.pin_memory() if self._device.type == "cuda" else batch)
+            return onwards(batch.pin_memory() if devices.on_gpu(self._device) else batch)
 
         return read
 
@@ -109,7 +110,7 @@ class Batches:
     ) -> Callable[[Batch | InSlab | Encoded], Batch]:
         """The copy of a batch, after decoding what is still encoded; on a GPU on a stream of its own."""
         device = self._device
-        side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        side = torch.cuda.Stream(device) if devices.on_gpu(device) else None
 
         def finish(batch: Batch | InSlab | Encoded) -> Batch:
             with torch.cuda.stream(side) if side else contextlib.nullcontext():

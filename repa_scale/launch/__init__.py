@@ -94,9 +94,11 @@ def make_plan(args: argparse.Namespace, words: list[str]):
     Raises:
         ConfigError: an option, the host file, `.deepspeed_env` or the configuration is wrong.
     """
-    from repa_scale.compose import compose, resolved_yaml
+    from repa_scale.compose import compose_with_origin, resolved_yaml
     from repa_scale.launch import environment
     from repa_scale.launch.job import Plan
+    from repa_scale.run_folder import stored_identity
+    from repa_scale.stored_values import with_stored_values
     from repa_scale.validation import validate
 
     hosts, by_file = _hosts(args)
@@ -109,8 +111,10 @@ def make_plan(args: argparse.Namespace, words: list[str]):
         raise ConfigError("--node_rank goes with --no_ssh; over ssh the host file's order says it")
     if args.lost_after < 5:
         raise ConfigError(f"--lost_after {args.lost_after:g} is too short; give at least 5 seconds")
-    config = compose(words)
-    validate(config, sum(len(host.slots) for host in hosts))
+    config, origin = compose_with_origin(words)
+    stored = stored_identity(Path.cwd() / config.run.dir)
+    resumed = with_stored_values(config, stored["keys"], origin)[0] if stored else config
+    validate(resumed, sum(len(host.slots) for host in hosts))
     ssh = by_file and not args.no_ssh
     variables = environment.forwarded(os.environ) if ssh else environment.inherited(os.environ)
     for path in environment.deepspeed_env_files():
@@ -121,7 +125,7 @@ def make_plan(args: argparse.Namespace, words: list[str]):
         no_ssh=args.no_ssh,
         node_rank=max(args.node_rank, 0),
         master=(args.master_addr, args.master_port or (PORT if args.no_ssh else 0)),
-        config=resolved_yaml(config),
+        config=resolved_yaml(config, origin),
         run_dir=Path.cwd() / config.run.dir,
         cwd=Path.cwd(),
         words=words,
