@@ -364,6 +364,20 @@ def test_one_rank_without_dali_ends_the_start(kept, tmp_path, nothing_stays_behi
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
+@pytest.mark.distributed
+@pytest.mark.skipif(torch.cuda.is_available(), reason="DALI works on this GPU")
+def test_auto_without_a_working_dali_says_so_once_and_takes_pillow(kept, tmp_path, nothing_stays_behind):
+    run = tmp_path / "run"
+    faults = json.dumps([["choose_as_on_a_gpu", "all"]])
+    launch = start(kept, run, "train.steps=3", "data.decoder=auto", processes=2, FAULTS=faults)
+    launch.succeed()
+    warnings = [line for line in (run / "log" / "rank_0.log").read_text().splitlines() if " WARNING " in line]
+    (line,) = [line for line in warnings if "data.decoder" in line]
+    assert f"data.decoder=auto: Pillow, because rank 0 on {platform.node()}: DALI " in line
+    assert json.loads((run / "identity.json").read_text())["pixels"] == "pillow" and not read_incidents(run)
+
+
 @pytest.mark.parametrize("shape", [(256, 256), (300, 256), (640, 480), (1001, 777), (513, 2050), (1024, 1030)])
 def test_the_crop_on_the_device_is_pillows(shape):
     image = picture(*shape)

@@ -208,6 +208,19 @@ def no_dali():
     after(dali, "_pipeline", action)
 
 
+def choose_as_on_a_gpu():
+    """The decoder is chosen as if this rank worked on the first GPU."""
+    from dataclasses import replace
+
+    import torch
+
+    from repa_scale.data.decoder_choice import Decoders
+
+    found = Decoders.found
+    device = torch.device("cuda", 0)
+    Decoders.found = lambda wanted, ranks, *rest: found(wanted, replace(ranks, device=device), *rest)
+
+
 def lay():
     for name, rank, *arguments in json.loads(os.environ["FAULTS"]):
         if rank in (RANK, "all"):
