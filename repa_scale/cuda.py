@@ -15,6 +15,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from repa_scale.errors import MachineError, reason
+
+ON_THE_CPU = "run on the CPU with CUDA_VISIBLE_DEVICES=-1"
 OLDEST = (8, 0)  # compute capability with native bf16; the Triton kernels are compiled for it and above
 DALI_MAJORS = range(11, 20)  # of CUDA: `nvidia-dali-cuda110` and so on
 DALI_EXTRAS = (12, 13)  # majors that pyproject.toml has an extra for: `dali-cuda12`, `dali-cuda13`
@@ -64,7 +67,7 @@ def look(environment: Mapping[str, str] = os.environ) -> Facts:
         built=built,
         driver=driver,
         gpus=sum(1 for _ in Path("/dev").glob("nvidia[0-9]*")),
-        hidden=environment.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1", "none", "void"),
+        hidden=_hidden(environment),
         capabilities=capabilities,
         oldest=oldest,
         nccl=_nccl() if built else None,
@@ -74,7 +77,7 @@ def look(environment: Mapping[str, str] = os.environ) -> Facts:
 
 def device_problem(facts: Facts) -> str | None:
     """Why torch can't use a GPU that is here; None where it can, and where there is none to use."""
-    if facts.built is None or facts.driver is None or facts.capabilities:
+    if facts.built is None or facts.driver is None or facts.capabilities or facts.hidden:
         return None
     if major(facts.driver) < major(facts.built):
         return (
@@ -82,10 +85,10 @@ def device_problem(facts: Facts) -> str | None:
             f"{facts.built}; install a driver for CUDA {major(facts.built)}.0 or newer, or a build of torch for CUDA "
             f"{major(facts.driver)}"
         )
-    if facts.gpus and not facts.hidden:
+    if facts.gpus:
         return (
             f"torch can't start CUDA on this machine's {facts.gpus} GPUs ({facts.failure or 'no reason given'}); see "
-            "`nvidia-smi` and `dmesg`, or hide them with CUDA_VISIBLE_DEVICES="
+            "CUDA_VISIBLE_DEVICES, `nvidia-smi` and `dmesg`"
         )
     return None
 
@@ -105,8 +108,8 @@ def absence(facts: Facts) -> str:
     return "the NVIDIA driver shows no GPU; see `nvidia-smi`"
 
 
-def run_problem(facts: Facts, precision: str) -> str | None:
-    """Why a run in `precision` (`bf16`, `fp16` or `fp32`) can't use the GPUs that torch sees."""
+def precision_problem(facts: Facts, precision: str) -> str | None:
+    """Why the GPUs that torch sees can't compute in `precision` (`bf16`, `fp16` or `fp32`)."""
     for number, capability in enumerate(facts.capabilities):
         if facts.oldest and capability < facts.oldest:
             return (
@@ -118,12 +121,27 @@ def run_problem(facts: Facts, precision: str) -> str | None:
                 f"GPU {number} is {_sm(capability)}, and train.precision=bf16 needs {_sm(OLDEST)} (A100) or above; "
                 "use train.precision=fp16 or fp32"
             )
+    return None
+
+
+def nccl_problem(facts: Facts) -> str | None:
+    """Why processes on GPUs can't join each other."""
     if facts.capabilities and facts.nccl is None:
         return (
-            f"torch {facts.torch} is built without NCCL, which joins the processes of a run on GPUs; install a build of "
-            "torch with NCCL, or use train.device=cpu"
+            f"torch {facts.torch} for CUDA {facts.built} has no NCCL, which joins processes on GPUs; install a build "
+            f"of torch with NCCL, or {ON_THE_CPU}"
         )
     return None
+
+
+def check_precision(precision: str) -> None:
+    """Refuses a run on GPUs that can't compute in `precision`.
+
+    Raises:
+        MachineError: with the reason.
+    """
+    if problem := precision_problem(look(), precision):
+        raise MachineError(problem)
 
 
 def dali_problem() -> str | None:
@@ -133,7 +151,7 @@ def dali_problem() -> str | None:
     return dali_mismatch(installed_dali(), torch.version.cuda, driver_cuda())
 
 
-def dali_mismatch(installed: list[str], built: str | None, driver: str | None) -> str | None:
+def dali_mismatch(installed: list[str], built: str | None, driver: str | None = None) -> str | None:
     """`dali_problem` of facts: names of DALI's distributions, torch's CUDA version, the driver's."""
     if not installed or built is None:  # beside a CPU build of torch DALI decodes on the CPU, whichever it is
         return None
@@ -189,13 +207,16 @@ def _failure() -> str:
     """Why CUDA doesn't start, in torch's words on one line."""
     import torch
 
-    from repa_scale.errors import reason
-
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
         return reason(error)
     return ""
+
+
+def _hidden(environment: Mapping[str, str]) -> bool:
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    return visible is not None and not re.match(r"\s*(\d|GPU-|MIG-)", visible)
 
 
 def _nccl() -> str | None:

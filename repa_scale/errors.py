@@ -32,6 +32,10 @@ class ConfigError(UserError):
     """A configuration that cannot work."""
 
 
+class MachineError(ConfigError):
+    """A machine that can't run the configuration. Other machines of the run may be well."""
+
+
 class DataError(UserError):
     """Input data that is missing, damaged or of another shape than promised."""
 

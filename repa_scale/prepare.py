@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     if args.bench:
         return _bench(args)
     _check_words(args)
-    ranks = _join()
+    ranks = _join("auto" if args.moments or args.tokens else "cpu")
     try:
         return _prepare(args, ranks)
     finally:
@@ -140,11 +140,11 @@ def _check_words(args: argparse.Namespace) -> None:
         raise ConfigError("--flip stores features of mirrored pictures; give --moments or --tokens, or leave it out")
 
 
-def _join() -> Ranks:
+def _join(device: str) -> Ranks:
     """This process among those that torchrun or a scheduler started; they only exchange words, so gloo will do."""
     import torch.distributed as dist
 
-    ranks = Ranks.from_environment()
+    ranks = Ranks.from_environment(device)
     if ranks.world_size > 1:
         # A rank waits for the slowest one's last part.
         dist.init_process_group("gloo", rank=ranks.rank, world_size=ranks.world_size, timeout=timedelta(days=14))

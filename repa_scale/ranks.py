@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import socket
 from collections.abc import MutableMapping
@@ -13,10 +14,12 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from repa_scale.errors import ConfigError
+from repa_scale import cuda
+from repa_scale.errors import ConfigError, MachineError
 from repa_scale.placement import adopt
 from repa_scale.rendezvous import elastic_store
 
+log = logging.getLogger("repa_scale")
 _SET_BY_US: dict[str, str] = {}  # variables that `start` made for a process alone
 
 
@@ -39,7 +42,7 @@ class Ranks:
         """As the launcher says, whichever it is (placement.py); without one: a process alone.
 
         Raises:
-            ConfigError: `device` is `cuda` and there is none, or the launcher's variables are incomplete.
+            ConfigError: the launcher's variables are incomplete, or `pick_device` refuses `device`.
         """
         place = adopt(environment)
         return cls(
@@ -47,10 +50,16 @@ class Ranks:
         )
 
     def start(self, timeout_minutes: float = 30.0) -> None:
-        """Joins the process group (NCCL on CUDA, gloo elsewhere). One process alone makes a group of its own."""
+        """Joins the process group (NCCL on CUDA, gloo elsewhere). One process alone makes a group of its own.
+
+        Raises:
+            MachineError: on CUDA without NCCL.
+        """
         if dist.is_initialized():
             return
         if self.device.type == "cuda":
+            if problem := cuda.nccl_problem(cuda.look()):
+                raise MachineError(problem)
             torch.cuda.set_device(self.device)
         else:
             _keep_freed_memory()
@@ -111,18 +120,22 @@ class Ranks:
 
 
 def pick_device(device: str, local_rank: int = 0) -> torch.device:
-    """`auto`: the local rank's GPU where there is one, else the CPU.
+    """`auto`: the local rank's GPU where there is one, else the CPU; the log says why if torch or a driver is for CUDA.
 
     Raises:
-        ConfigError: `cuda` asked for where there is none.
+        MachineError: `cuda` asked for where there is none, or a GPU that torch can't use (cuda.py).
+        ConfigError: more processes on this machine than GPUs.
     """
-    available = torch.cuda.is_available()
-    if device == "cuda" and not available:
-        raise ConfigError(
-            "train.device=cuda, but torch finds no CUDA device here; use train.device=cpu, or install a CUDA build of "
-            "torch and its driver"
-        )
-    if device == "cpu" or not available:
+    if device == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        facts = cuda.look()
+        problem = cuda.device_problem(facts)
+        if problem or device == "cuda":
+            raise MachineError(f"device {device}: {problem or cuda.absence(facts)}; or {cuda.ON_THE_CPU}")
+        if facts.built or facts.driver:
+            level = logging.INFO if facts.built else logging.WARNING
+            log.log(level, "device auto: the CPU, because %s", cuda.absence(facts))
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
         raise ConfigError(

@@ -16,6 +16,7 @@ from repa_scale.errors import (
     SWEEP_VARIABLE,
     ConfigError,
     ExitCode,
+    MachineError,
     UserError,
     reason,
 )
@@ -50,8 +51,7 @@ def _main(argv: list[str]) -> tuple[int, str]:
         _log_to_console()
         return int(run(*compose_with_origin(argv))), ""
     except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0:  # the others found the same
-            print(f"repa-scale: error: {error}", file=sys.stderr)
+        _say(error)
         return ExitCode.BAD_INPUT, str(error)
     except KeyboardInterrupt:
         return INTERRUPTED, "interrupted"
@@ -60,6 +60,15 @@ def _main(argv: list[str]) -> tuple[int, str]:
         return ExitCode.FAILED, f"{type(error).__name__}: {reason(error)}"
     finally:
         _leave()
+
+
+def _say(error: UserError) -> None:
+    """On rank 0 alone, because the others found the same. What one machine lacks, each machine's first rank says."""
+    rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+    if rank == 0:
+        print(f"repa-scale: error: {error}", file=sys.stderr)
+    elif isinstance(error, MachineError) and local_rank == 0:
+        print(f"repa-scale: error on {platform.node()}: {error}", file=sys.stderr)
 
 
 def _leave_outcome(code: int, error: str) -> None:
@@ -143,10 +152,13 @@ def check(config, ranks):
 
     validate(config, ranks.world_size)
     from repa_scale.alignment import check_kernel
+    from repa_scale.cuda import check_precision
     from repa_scale.data.dataset import check_dataset, open_configured
     from repa_scale.tracking import check_installed
 
     check_installed(config)
+    if ranks.device.type == "cuda":
+        check_precision(config.train.precision)
     check_kernel(config, ranks.device)
     dataset = open_configured(config.data)
     check_dataset(dataset, config.model.num_classes, config.data.image_size, config.train.global_batch)

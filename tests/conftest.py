@@ -17,6 +17,14 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+def pytest_terminal_summary(terminalreporter):
+    """Lines that tests gave to the end of the output, with `record_property("summary", line)`."""
+    for report in terminalreporter.stats.get("passed", []):
+        for name, line in report.user_properties:
+            if name == "summary":
+                terminalreporter.write_line(line)
+
+
 @pytest.fixture(scope="session")
 def golden_folder() -> Path:
     """`REPA_SCALE_GOLDEN`, or the numbers that the repository brings."""

@@ -63,7 +63,7 @@ def test_an_empty_data_folder(tmp_path):
 
 @pytest.mark.skipif(GPU, reason="there is a CUDA device")
 def test_cuda_where_there_is_none(digits, tmp_path):
-    assert "finds no CUDA device" in refused([*SMALL, f"data.path={digits}", "train.device=cuda"], tmp_path)
+    assert "device cuda: torch" in refused([*SMALL, f"data.path={digits}", "train.device=cuda"], tmp_path)
 
 
 def test_public_weights_with_missing_and_extra_tensors(digits, tmp_path):

@@ -6,13 +6,15 @@ import os
 import resource
 import socket
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from launching import BIN
 
+from repa_scale import cuda
 from repa_scale.cli import main
+from repa_scale.cuda import Facts
 from repa_scale.doctor import across, gpus, machine, network, reach, software
 from repa_scale.doctor.finding import Finding, Look
 from repa_scale.doctor.link import rounds
@@ -22,18 +24,19 @@ from repa_scale.doctor.nodes import Answer
 from repa_scale.doctor.page import page
 from repa_scale.doctor.table import CHECKS
 
+HOPPER = Facts("2.13.0", built="13.0", driver="13.1", gpus=1, capabilities=((9, 0),), oldest=(7, 5), nccl="2.29.7")
+
 
 @pytest.fixture
 def nvidia_smi(tmp_path, monkeypatch):
     """Puts a nvidia-smi and a dmesg on the PATH that print what real ones printed, with one thing changed."""
 
-    def install(gpu="0, NVIDIA H100 80GB HBM3, 81559, 4, 0", apps="", links="Link 0: 26.562 GB/s", log="", cuda="13.0"):
+    def install(gpu="0, NVIDIA H100 80GB HBM3, 81559, 4, 0", apps="", links="Link 0: 26.562 GB/s", log=""):
         script = f"""#!/bin/sh
 case "$*" in
 *--query-gpu*) printf '%b\\n' '{gpu}';;
 *--query-compute-apps*) printf '%b' '{apps}';;
 *nvlink*) printf 'GPU 0: NVIDIA H100\\n\\t %b\\n' '{links}';;
-*) echo '| NVIDIA-SMI 580.65.06    Driver Version: 580.65.06    CUDA Version: {cuda}     |';;
 esac
 """
         for name, text in (("nvidia-smi", script), ("dmesg", f"#!/bin/sh\nprintf '%b\\n' '{log}'\n")):
@@ -72,15 +75,34 @@ def test_a_gpu_that_is_not_well_is_named(nvidia_smi, check, setting, words):
 
 
 @pytest.mark.parametrize(
-    ("built", "driver", "state"), [("13.0", "13.1", "ok"), ("13.0", "12.4", "FAIL"), (None, "13.0", "FAIL")]
+    ("facts", "state", "words"),
+    [
+        (HOPPER, "ok", "torch for CUDA 13.0, NCCL 2.29.7, driver for CUDA 13.1, nvidia-dali-cuda130"),
+        (replace(HOPPER, driver="12.4", capabilities=()), "FAIL", "the NVIDIA driver runs CUDA 12.4 at most"),
+        (replace(HOPPER, capabilities=((7, 5),)), "FAIL", "GPU 0 is sm_75"),
+        (replace(HOPPER, nccl=None), "FAIL", "has no NCCL"),
+        (replace(HOPPER, built="12.6", oldest=(5, 0)), "FAIL", "nvidia-dali-cuda130 is not for CUDA 12.6"),
+        (replace(HOPPER, driver=None, gpus=0, capabilities=()), "warn", "there is no NVIDIA driver"),
+        (Facts(torch="2.13.0+cpu", driver="13.0", gpus=8), "FAIL", "is not a CUDA build, though there is a driver"),
+        (Facts(torch="2.13.0+cpu"), "note", "is not a CUDA build"),
+    ],
 )
-def test_torch_and_the_driver_must_fit(nvidia_smi, monkeypatch, built, driver, state):
-    nvidia_smi(cuda=driver)
-    monkeypatch.setattr(torch.version, "cuda", built)
-    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 9))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+def test_torch_driver_gpu_nccl_and_dali_must_fit(monkeypatch, facts, state, words):
+    monkeypatch.setattr(cuda, "look", lambda: facts)
+    monkeypatch.setattr(cuda, "installed_dali", lambda: ["nvidia-dali-cuda130"])
     (finding,) = software.cuda(Look())
-    assert finding.state == state, finding
+    assert finding.state == state and words in finding.found and bool(finding.remedy) == (state in ("warn", "FAIL"))
+
+
+def test_the_dali_of_this_torch_is_named_where_none_is_installed(monkeypatch):
+    monkeypatch.setattr(cuda, "look", lambda: replace(HOPPER, built="12.6"))
+    monkeypatch.setattr(cuda, "installed_dali", list)
+    assert "no DALI ('repa-scale[dali-cuda12]')" in software.cuda(Look())[0].found
+
+
+def test_a_gpu_without_bf16_does_for_a_run_in_fp16(monkeypatch):
+    monkeypatch.setattr(cuda, "look", lambda: replace(HOPPER, capabilities=((7, 5),)))
+    assert states(software.cuda(Look(config={"train": {"precision": "fp16"}}))) == ["ok"]
 
 
 def test_packages_fit_here_and_an_unfit_one_is_named(monkeypatch):

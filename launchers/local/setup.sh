@@ -21,8 +21,9 @@ pip --upgrade 'pip>=25' 'setuptools>=77,<81' wheel ninja packaging py-cpuinfo
 # for a CUDA build of torch even where a CPU build is installed.
 pip ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} torch numpy
 pip --no-deps torchvision
-# CUDA builds of torch bring Triton. Beside a CPU build it runs the kernels in its interpreter, for their tests.
-"$venv/bin/python" -c 'import triton' 2>/dev/null || pip --no-deps triton
+# A CUDA build of torch has brought this very version. A CPU build brings none; beside it Triton runs the kernels in its
+# interpreter, for their tests.
+pip --no-deps triton
 # DeepSpeed is pure Python here: its compiled operators are built on the machines that use them.
 DS_BUILD_OPS=0 DS_ACCELERATOR=$("$venv/bin/python" -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")') \
     pip --no-build-isolation --no-deps deepspeed

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata as metadata
 import platform
-import re
 import shutil
-import subprocess
 from pathlib import Path
 
+from repa_scale import cuda as fit
+from repa_scale.config import TrainConfig
 from repa_scale.doctor.finding import FAIL, NOTE, OK, WARN, Finding, Look
 
-SHOWN = ("torch", "deepspeed", "triton", "nvidia-dali-cuda130", "numpy", "timm", "diffusers", "mosaicml-streaming")
+SHOWN = ("torch", "deepspeed", "triton", "numpy", "timm", "diffusers", "mosaicml-streaming")
 EXTRAS = ("train", "data", "track")  # that a run needs
 # The distributions whose own requirements are compared with what is installed.
 OWNERS = ("repa-scale", "torch", "torchvision", "deepspeed", "mosaicml-streaming")
@@ -66,56 +66,28 @@ def version(name: str) -> str | None:
 
 
 def cuda(look: Look) -> list[Finding]:
-    """torch's CUDA and NCCL, DALI's CUDA and the driver's."""
-    import torch
-
-    built, driver = torch.version.cuda, driver_cuda()
-    if built is None:
-        if driver is None:
-            return [Finding("cuda", NOTE, "torch is a CPU build, and there is no NVIDIA driver")]
-        return [Finding("cuda", FAIL, f"torch is a CPU build beside a driver for CUDA {driver}", INSTALL)]
-    words = f"torch for CUDA {built}, NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
-    if driver is None:
-        return [
-            Finding(
-                "cuda",
-                WARN,
-                f"{words}, but no NVIDIA driver",
-                "install the driver, or run the container with --gpus all",
-            )
-        ]
-    if _numbers(driver) < _numbers(built)[:1]:
-        return [
-            Finding("cuda", FAIL, f"{words}, driver for CUDA {driver}", f"install a driver for CUDA {built} or newer")
-        ]
-    dali = next(
-        (d.metadata["Name"] for d in metadata.distributions() if d.metadata["Name"].startswith("nvidia-dali-cuda")), ""
-    )
-    if dali and not dali.endswith(f"cuda{built.split('.')[0]}0"):
-        return [Finding("cuda", FAIL, f"{words}, {dali}", f"install nvidia-dali-cuda{built.split('.')[0]}0")]
-    if not torch.cuda.is_available():
-        return [
-            Finding(
-                "cuda",
-                FAIL,
-                f"{words}, driver for CUDA {driver}, and torch sees no GPU",
-                "see CUDA_VISIBLE_DEVICES and `nvidia-smi`",
-            )
-        ]
-    return [Finding("cuda", OK, f"{words}, driver for CUDA {driver}")]
+    """torch's CUDA, the driver, NCCL, the GPUs' compute capability, and the DALI that belongs to them."""
+    facts, dali = fit.look(), fit.installed_dali()
+    precision = look.config["train"]["precision"] if look.config else TrainConfig().precision
+    problems = [
+        fit.device_problem(facts),
+        fit.precision_problem(facts, precision),
+        fit.nccl_problem(facts),
+        fit.dali_mismatch(dali, facts.built),  # a driver too old for it is too old for torch
+    ]
+    if found := [finding("cuda", FAIL, problem) for problem in problems if problem]:
+        return found
+    if not facts.capabilities:
+        state = FAIL if facts.built is None and facts.driver else WARN if facts.built else NOTE
+        return [finding("cuda", state, fit.absence(facts))]
+    words = f"torch for CUDA {facts.built}, NCCL {facts.nccl}, driver for CUDA {facts.driver}"
+    return [Finding("cuda", OK, f"{words}, {dali[0] if dali else f'no DALI ({fit.dali_requirement(facts.built)})'}")]
 
 
-def driver_cuda() -> str | None:
-    """The newest CUDA that the driver runs; None: there is no driver."""
-    if shutil.which("nvidia-smi") is None:
-        return None
-    done = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=30)
-    found = re.search(r"CUDA Version:\s*(\d+\.\d+)", done.stdout)
-    return found[1] if found else None
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(".")]
+def finding(check: str, state: str, line: str) -> Finding:
+    """Of a line that ends with its remedy, after a semicolon."""
+    found, _, remedy = line.partition("; ")
+    return Finding(check, state, found, "" if state == NOTE else remedy)
 
 
 def compiler(look: Look) -> list[Finding]:
