@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from repa_scale import cuda
 from repa_scale.config import Config, TermConfig
-from repa_scale.errors import ConfigError
+from repa_scale.errors import ConfigError, MachineError
 from repa_scale.kernels import normalize_tokens, unavailable
 
 
@@ -77,10 +78,15 @@ def build_terms(config: Config) -> dict[str, AlignmentTerm]:
 
 
 def check_kernel(config: Config, device: torch.device) -> None:
-    """Refuses `alignment.kernel=triton` where no Triton kernel runs.
+    """Refuses a start whose Triton kernels would fail at the first step.
 
     Raises:
-        ConfigError: with the reason.
+        ConfigError: `alignment.kernel=triton` where no Triton kernel runs.
+        MachineError: Triton can't build their launchers.
     """
     if config.alignment_kernel == "triton" and (problem := unavailable(device)):
         raise ConfigError(f"alignment.kernel=triton: {problem}; use alignment.kernel=auto")
+    if device.type == "cuda" and config.method != "baseline" and config.alignment_kernel != "torch":
+        problem = cuda.compiler_problem(*cuda.find_compiler())
+        if problem and min(cuda.look().capabilities) >= cuda.OLDEST:  # below it `auto` takes torch
+            raise MachineError(f"alignment.kernel={config.alignment_kernel}: {problem}")

@@ -10,6 +10,8 @@ import ctypes
 import importlib.metadata as metadata
 import os
 import re
+import shutil
+import sysconfig
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -132,6 +134,31 @@ def nccl_problem(facts: Facts) -> str | None:
             f"of torch with NCCL, or {ON_THE_CPU}"
         )
     return None
+
+
+def compiler_problem(compiler: str | None, include: str) -> str | None:
+    """Why Triton can't build what launches its kernels, which it does at the first one of a machine.
+
+    Args:
+        compiler: a C compiler; None: there is none.
+        include: folder of the interpreter's headers.
+    """
+    missing = [] if compiler else ["a C compiler"]
+    if not Path(include, "Python.h").is_file():
+        missing.append(f"Python's headers ({include}/Python.h)")
+    if not missing:
+        return None
+    packages = " ".join(["gcc"] * (not compiler) + [f"{Path(include).name}-dev"] * ("Python" in missing[-1]))
+    return (
+        f"Triton needs {' and '.join(missing)} to launch its kernels; apt-get install {packages}, or use "
+        "alignment.kernel=torch and train.compile=false"
+    )
+
+
+def find_compiler() -> tuple[str | None, str]:
+    """The arguments of `compiler_problem`, as Triton looks for them."""
+    names = (os.environ.get("CC") or "gcc", "clang")
+    return next((name for name in names if shutil.which(name)), None), sysconfig.get_paths()["include"]
 
 
 def check_precision(precision: str) -> None:

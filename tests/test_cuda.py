@@ -81,6 +81,17 @@ def test_dali_must_be_built_for_the_cuda_of_torch(installed, built, driver, word
     assert problem is None if words is None else words in problem
 
 
+def test_triton_needs_a_compiler_and_the_headers_of_python(tmp_path):
+    include = tmp_path / "python3.12"
+    include.mkdir()
+    bare = cuda.compiler_problem(None, str(include))
+    assert "needs a C compiler and Python's headers" in bare and "apt-get install gcc python3.12-dev, or" in bare
+    assert "apt-get install python3.12-dev, or" in cuda.compiler_problem("gcc", str(include))
+    (include / "Python.h").touch()
+    assert "apt-get install gcc, or" in cuda.compiler_problem(None, str(include))
+    assert cuda.compiler_problem("gcc", str(include)) is None
+
+
 def test_each_extra_for_dali_is_in_the_package():
     for number in cuda.DALI_EXTRAS:
         assert f'\ndali-cuda{number} = ["nvidia-dali-cuda{number}0==' in (ROOT / "pyproject.toml").read_text()
@@ -142,6 +153,7 @@ print(json.dumps([
     start({**far, "LOCAL_RANK": "1"}),
     start({}, **seen, get_device_capability=(7, 5)),
     start({}, **seen, get_device_capability=(8, 0)),
+    start({"CC": "none", "PATH": "/nowhere"}, **seen, get_device_capability=(9, 0)),
 ]))
 """
 
@@ -160,12 +172,13 @@ def test_the_start_is_refused_before_the_processes_join(digits, tmp_path):
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    old, far, second, turing, alone = json.loads(done.stdout.splitlines()[-1])
-    assert [(code, joined) for code, _, joined in (old, far, second, turing, alone)] == [(64, False)] * 5
+    old, far, second, turing, alone, bare = json.loads(done.stdout.splitlines()[-1])
+    assert [(code, joined) for code, _, joined in (old, far, second, turing, alone, bare)] == [(64, False)] * 6
     assert "error: device auto: the NVIDIA driver runs CUDA 12.4 at most, and torch" in old[1]
     assert f"error on {os.uname().nodename}: device auto: the NVIDIA driver" in far[1], "of its node it is the first"
     assert "NVIDIA driver" not in second[1]
     assert "error: GPU 0 is sm_75, and train.precision=bf16 needs sm_80" in turing[1]
     assert "for CUDA 13.0 has no NCCL" in alone[1]
+    assert "error: alignment.kernel=auto: Triton needs a C compiler" in bare[1]
     assert all("Traceback" not in said for _, said, _ in (old, far, second, turing, alone))
     assert not (tmp_path / "run").exists()

@@ -34,6 +34,14 @@ def test_every_package_is_pinned():
     assert len(installs) == 5 and all("-c constraints.txt" in part for part in installs)
 
 
+def test_deepspeed_is_built_as_on_a_machine_without_a_gpu():
+    """Everywhere: its set-up fails where there is a GPU and no CUDA toolkit, and the wheel is the same."""
+    places = ["README.md", "launchers/docker/Dockerfile", "launchers/local/setup.sh", "benchmarks/gpu_wheels.sh"]
+    for place in places:
+        lines = [line for line in (ROOT / place).read_text().splitlines() if "DS_BUILD_OPS=0" in line]
+        assert lines and all("DS_ACCELERATOR=cpu pip" in line for line in lines), place
+
+
 def test_nothing_runs_as_root_in_it():
     assert int(arguments("USER")[-1]) > 0
     last = max(number for number, line in enumerate(LINES) if line.startswith("USER "))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata as metadata
 import platform
-import shutil
 from pathlib import Path
 
 from repa_scale import cuda as fit
@@ -91,17 +90,10 @@ def finding(check: str, state: str, line: str) -> Finding:
 
 
 def compiler(look: Look) -> list[Finding]:
-    """A C compiler, which Triton's launchers and torch.compile need."""
-    found = next((name for name in ("gcc", "cc", "clang") if shutil.which(name)), None)
-    if found is None:
-        return [
-            Finding(
-                "compiler",
-                WARN,
-                "there is no C compiler",
-                "apt-get install gcc; or alignment.kernel=torch and train.compile=false",
-            )
-        ]
+    """A C compiler and Python's headers, which Triton's launchers and torch.compile need."""
+    found, include = fit.find_compiler()
+    if problem := fit.compiler_problem(found, include):
+        return [finding("compiler", WARN, problem)]
     return [Finding("compiler", OK, found)]
 
 
