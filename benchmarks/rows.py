@@ -30,9 +30,11 @@ def device_name() -> str:
     return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def out_folder() -> Path | None:
-    """The folder of `BENCHMARK_OUT`; None: figures go to benchmarks/results."""
-    return Path(os.environ[OUT]) if os.environ.get(OUT) else None
+def results_folder() -> Path:
+    """Where results go: the folder of `BENCHMARK_OUT`, else benchmarks/results; created when absent."""
+    folder = Path(os.environ.get(OUT) or RESULTS)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def write_row(name: str, row: dict[str, Any]) -> Path:
@@ -46,9 +48,7 @@ def write_row(name: str, row: dict[str, Any]) -> Path:
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         **row,
     }
-    out = out_folder()
-    path = (out / f"{FILES.get(name, 'other')}.jsonl") if out else RESULTS / f"{name}.jsonl"
-    path.parent.mkdir(exist_ok=True, parents=True)
+    path = results_folder() / f"{FILES.get(name, 'other') if os.environ.get(OUT) else name}.jsonl"
     with path.open("a") as file:
         file.write(json.dumps(whole) + "\n")
     return path
