@@ -16,7 +16,8 @@ from unittest import mock
 import torch
 from repa_scale.kernels import table
 
-from benchmarks.kernels import copy_bandwidth, subject, timed
+from benchmarks.kernel_subjects import subject
+from benchmarks.kernel_timing import copy_bandwidth, timed
 from benchmarks.rows import device_name, write_row
 
 ROWS = 65536
@@ -44,15 +45,16 @@ def main() -> int:
     for kernel in args.only:
         name, sizes = SUBJECTS[kernel]
         for size, width in sizes.items():
-            least, build, works = subject(name, ROWS, width, device)
-            inputs = [build() for _ in range(4)]
+            what = subject(name, ROWS, width, device)
+            inputs = [what.build() for _ in range(4)]
             now = table.tile(kernel, size, table.architecture_of(inputs[0]["x"]))
             seconds = {}
             for tile in candidates(kernel, size, now):
                 by_size = {a: {**table.TILES[kernel][a], size: tile} for a in table.ARCHITECTURES}
                 with mock.patch.dict(table.TILES, {kernel: by_size}):
-                    seconds[tile], _ = timed(works["ours"], inputs, device, args.rounds, backward=True)
-                share = least / seconds[tile] / copy
+                    found = timed(what.works["ours"], inputs, device, args.rounds, backward=True)
+                seconds[tile] = found.seconds
+                share = what.bytes / seconds[tile] / copy
                 print(f"{kernel} {size}: {tile}: {1e6 * seconds[tile]:.1f} us, {share:.2f} of a copy")
             best = min(seconds, key=seconds.__getitem__)
             chosen = best if seconds[best] < (1 - KEPT) * seconds[now] else now

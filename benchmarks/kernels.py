@@ -1,243 +1,165 @@
 """The kernels against eager torch, the public code's loop, torch.compile and a plain copy: time, bandwidth, memory.
 
-    python -m benchmarks.kernels                    on a GPU: 8,192 and 65,536 rows, widths 384 to 1,536, bf16
-    python -m benchmarks.kernels                    without one: the plain forms, small, and what can be counted
-    python -m benchmarks.kernels --only projector --rows 65536
+    python -m benchmarks.kernels --rows 65536 --widths 768 1536      on a GPU, within a minute
+    python -m benchmarks.kernels                                     all sizes; without a GPU the plain forms, small
+    python -m benchmarks.kernels --counted                           bytes and peak memory, counted without running
 
 Buffers are rotated through more than the L2 cache, and bandwidth is a share of what a copy reaches in the same run.
+Each competitor is one row. One that the host bounds says so: its time is the host's, not the kernel's.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
-import importlib.util
 import json
 import math
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from repa_scale.kernels import cosine_loss, normalize_tokens, projector_cosine_loss
-from torch import Tensor, nn
+from repa_scale.kernels import unavailable
+from torch import Tensor
 
+from benchmarks.command import Parser, answered, positive, put_row
 from benchmarks.counted_memory import projector_step
-from benchmarks.kernel_plot import bars
-from benchmarks.rows import RESULTS, device_name, write_row
+from benchmarks.graphs import compiled_graphs
+from benchmarks.kernel_subjects import COMPILED, HEAD, PRODUCTS, TOKENS, compiled, subject
+from benchmarks.kernel_timing import ROTATED, Work, copy_bandwidth, peak_bytes, run, timed
+from benchmarks.peak import product_flops
+from benchmarks.rows import device_name
+from repa_scale.errors import ConfigError, reason
 
-CUDA = torch.cuda.is_available()
-DTYPE = torch.bfloat16 if CUDA else torch.float32  # a CPU multiplies bf16 slowly
-TOKENS, DEPTH_WIDTH, INNER = 256, 1152, 2048  # an image's tokens; the transformer's and the projector's width (XL)
-ROTATED = 512 << 20  # bytes that are gone through before a buffer comes again; the largest L2 has 50 MB
-CALLS = 20
+NAME = "kernels"
 # of 65,536 rows: share of the copy's bandwidth, times faster than eager, than the public loop, than torch.compile
 GOALS = {
-    "cosine": {"bandwidth": 0.85, "eager": 8.0, "public loop": 20.0, "compile": 0.95},
-    "layernorm": {"bandwidth": 0.85, "eager": 4.0, "compile": 1.2},
-    "spatial": {"bandwidth": 0.80, "eager": 6.0, "compile": 1.2},
-    "projector": {"matrix products alone": 0.80, "eager": 1.25, "compile": 0.97},
+    "cosine": {"bandwidth": 0.85, "eager": 8.0, "public loop": 20.0, COMPILED: 0.95},
+    "layernorm": {"bandwidth": 0.85, "eager": 4.0, COMPILED: 1.2},
+    "spatial": {"bandwidth": 0.80, "eager": 6.0, COMPILED: 1.2},
+    "projector": {PRODUCTS: 0.80, "eager": 1.25, COMPILED: 0.97},
 }
-MEMORY_GOALS = {"projector": {"eager": 0.40, "compile": 0.50}}
-Work = Callable[[dict[str, Tensor]], Tensor]
+MEMORY_GOALS = {"projector": {"eager": 0.40, COMPILED: 0.50}}
+EACH = 0.3  # seconds that one competitor is timed, forward and again forward and backward
+FIRST_COMPILATION = 8.0  # seconds that the first one is expected to take
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=[8192, 65536] if CUDA else [512])
-    parser.add_argument("--widths", type=int, nargs="+", default=[384, 768, 1024, 1536] if CUDA else [768])
+@dataclass
+class Budget:
+    """When the program should end, and how long the last compilation took."""
+
+    until: float
+    compilation: float = FIRST_COMPILATION
+
+    def over(self, who: str) -> bool:
+        """Whether there is no time left for this competitor."""
+        return time.perf_counter() + 2 * EACH + (self.compilation if who == COMPILED else 0.0) > self.until
+
+
+def main(argv: list[str] | None = None) -> int:
+    cuda = torch.cuda.is_available()
+    parser = Parser(__doc__)
+    parser.prog = NAME
+    parser.add_argument("--rows", type=positive, nargs="+", help="multiples of 256; default 8192 65536")
+    parser.add_argument("--widths", type=positive, nargs="+", help="channels; default 384 768 1024 1536")
     parser.add_argument("--only", nargs="+", default=list(GOALS), choices=list(GOALS))
-    parser.add_argument("--rounds", type=int, default=20 if CUDA else 3)
-    args = parser.parse_args()
-    device = torch.device("cuda" if CUDA else "cpu")
-    copy = copy_bandwidth(device, args.rounds)
+    parser.add_argument("--rounds", type=positive, help="at most; default 20")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="end after about so many; what is left says so")
+    parser.add_argument("--counted", action="store_true", help="count bytes and memory too (always without a GPU)")
+    args = parser.parse_args(argv)
+    cuda = cuda and not args.rehearse
+    args.rows = args.rows or ([8192, 65536] if cuda else [512])
+    args.widths = args.widths or ([384, 768, 1024, 1536] if cuda else [64] if args.rehearse else [768])
+    args.rounds = args.rounds or (20 if cuda else 3)
+    args.device = torch.device("cuda" if cuda else "cpu")
+    return answered(lambda: measure(args))
+
+
+def measure(args) -> int:
+    if odd := [rows for rows in args.rows if rows % TOKENS]:
+        raise ConfigError(f"--rows {odd[0]} is not a multiple of {TOKENS}, the tokens of an image; use {TOKENS * 32}")
+    budget = Budget(time.perf_counter() + args.seconds)
+    copy = copy_bandwidth(args.device, args.rounds)
+    limits = {"copy_bytes_per_second": copy, "product_flops_per_second": product_flops(args.device, NAME)}
     print(f"{device_name()}: a copy moves {copy / 1e9:.0f} GB/s")
-    if not CUDA:
-        print("no GPU: times are of the plain forms in fp32 on this CPU; the kernels are not timed")
+    if problem := unavailable(args.device):
+        print(f"the kernels are not timed: {problem}")
     rows = []
     for kernel in args.only:
         for count in args.rows:
             for width in args.widths:
-                rows += measured(kernel, count, width, device, copy, args.rounds)
-    counted = {"projector_peak_bytes": counted_memory(), "bytes_a_row": counted_bytes()}
-    write_row("kernels", {"copy_bytes_per_second": copy, "goals": GOALS, "rows": rows, "counted": counted})
-    part = "" if len(args.only) == len(GOALS) else "-".join(["", *args.only])
-    name = "kernels-" + "".join(c if c.isalnum() else "_" for c in device_name()) + part
-    with (RESULTS / f"{name}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    (RESULTS / f"{name}.svg").write_text(bars(rows, device_name()))
-    verdict(rows)
+                rows += measured(kernel, count, width, args, limits, budget)
+    verdict(rows, args.device.type == "cuda")
+    if args.counted or (args.device.type == "cpu" and not args.rehearse):
+        counted = {"projector_peak_bytes": counted_memory(), "bytes_a_row": counted_bytes()}
+        put_row(NAME, {"case": "counted", **counted}, args.rehearse)
+    if failed := [row["case"] for row in rows if row.get("failed")]:
+        print(f"torch.compile did not do what was asked: {'; '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
 
 
-def measured(kernel: str, rows: int, width: int, device: torch.device, copy: float, rounds: int) -> list[dict]:
-    """A row for each competitor: the passes in turn, the same inputs for all."""
-    least, build, works = subject(kernel, rows, width, device)
-    inputs = [build() for _ in range(max(2, math.ceil(ROTATED / least)) if CUDA else 1)]
+def measured(
+    kernel: str, count: int, width: int, args, limits: dict[str, float], budget: Budget
+) -> list[dict[str, Any]]:
+    """A row for each competitor, written as soon as it is measured: the passes in turn, the same inputs for all."""
+    device = args.device
+    what = subject(kernel, count, width, device, (64, 128) if args.rehearse else HEAD)
+    inputs = [what.build() for _ in range(max(2, math.ceil(ROTATED / what.bytes)) if device.type == "cuda" else 1)]
+    limit = max(what.bytes / limits["copy_bytes_per_second"], what.flops / limits["product_flops_per_second"])
+    case = {"kernel": kernel, "rows": count, "width": width}
     found = []
-    for name, work in works.items():
-        ours = name.startswith("ours")
-        row = {"kernel": kernel, "rows": rows, "width": width, "who": name, "bytes": least}
-        row |= dict.fromkeys(("seconds", "forward_seconds", "host_seconds", "bandwidth", "peak_bytes"), "")
-        if CUDA or not ours:
-            row["forward_seconds"], _ = timed(work, inputs, device, rounds, backward=False)
-            row["seconds"], row["host_seconds"] = timed(work, inputs, device, rounds, backward=True)
-            if kernel != "projector":  # which computes more than it moves
-                row["bandwidth"] = least / row["seconds"] / copy
-        if CUDA:
-            row["peak_bytes"] = peak_bytes(lambda work=work: run(work, inputs[0], True), device)
+    for who, work in what.works.items():
+        row = {"case": f"{kernel} {count} x {width}, {who}", **case, "who": who}
+        row |= competitor(who, work, inputs, args, budget)
+        row |= {"bytes": what.bytes, "flops": what.flops, "limit_seconds": limit, **limits}
+        if "seconds" in row and kernel != "projector":  # which computes more than it moves
+            row["bandwidth"] = what.bytes / row["seconds"] / limits["copy_bytes_per_second"]
+        put_row(NAME, row, args.rehearse)
+        print(line(row), flush=True)
         found.append(row)
-        shown = (
-            f"{1e3 * row['seconds']:9.3f} ms (host {1e3 * row['host_seconds']:.3f})" if row["seconds"] else "not timed"
-        )
-        memory = f", extra memory {row['peak_bytes'] / 1e6:.1f} MB" if CUDA else ""
-        print(f"{kernel:10s} {rows:6d} x {width:4d}  {name:22s} {shown}{memory}", flush=True)
     return found
 
 
-def subject(
-    kernel: str, rows: int, width: int, device: torch.device
-) -> tuple[int, Callable[[], dict[str, Tensor]], dict[str, Work]]:
-    """Bytes that must move (forward and backward), a maker of inputs, and the competitors."""
-    images, dtype = rows // TOKENS, DTYPE
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device, dtype=dtype)
-
-    if kernel == "cosine":
-        return (
-            rows * (5 * DTYPE.itemsize * width + 32),
-            lambda: {"x": normal(images, TOKENS, width).requires_grad_(), "y": normal(images, TOKENS, width)},
-            {
-                "ours": lambda i: cosine_loss(i["x"], i["y"], kernel="triton"),
-                "eager": lambda i: cosine_loss(i["x"], i["y"], kernel="torch"),
-                "public loop": public_loop,
-                "compile": compiled(lambda i: cosine_loss(i["x"], i["y"], kernel="torch")),
-            },
-        )
-    if kernel in ("layernorm", "spatial"):
-        affine = (torch.randn(width, device=device), torch.randn(width, device=device))
-        settings = {
-            "kind": kernel,
-            "prefix": 1,
-            "out_dtype": dtype,
-            "affine": affine if kernel == "layernorm" else None,
-        }
-        works: dict[str, Work] = {
-            "ours": lambda i: normalize_tokens(i["x"], **settings, kernel="triton"),
-            "eager": lambda i: normalize_tokens(i["x"], **settings, kernel="torch"),
-            "compile": compiled(lambda i: normalize_tokens(i["x"], **settings, kernel="torch")),
-        }
-        if kernel == "layernorm" and CUDA and importlib.util.find_spec("liger_kernel"):
-            from liger_kernel.ops.layer_norm import LigerLayerNormFunction as Liger
-
-            works["Liger, then a slice"] = lambda i: Liger.apply(i["x"], *affine, 1e-6)[:, 1:].contiguous()
-        return rows * width * 2 * DTYPE.itemsize, lambda: {"x": normal(images, 1 + TOKENS, width)}, works
-    torch.manual_seed(0)
-    sizes = ((DEPTH_WIDTH, INNER), (INNER, INNER), (INNER, width))
-    linears = [nn.Linear(*size, device=device, dtype=dtype) for size in sizes]
-    for parameter in (p for linear in linears for p in linear.parameters()):
-        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))  # no sums over calls
-    projector = nn.Sequential(linears[0], nn.SiLU(), linears[1], nn.SiLU(), linears[2])
-
-    def loss(i: dict[str, Tensor], chosen: str, chunk: int | None = None) -> Tensor:
-        return projector_cosine_loss(i["x"], projector, i["y"], chunk=chunk, kernel=chosen)
-
-    return (
-        rows * 5 * DTYPE.itemsize * width,
-        lambda: {"x": normal(images, TOKENS, DEPTH_WIDTH).requires_grad_(), "y": normal(images, TOKENS, width)},
-        {
-            "ours": lambda i: loss(i, "triton"),
-            "ours, chunks of 8192": lambda i: loss(i, "triton", 8192),
-            "eager": lambda i: loss(i, "torch"),
-            "compile": compiled(lambda i: loss(i, "torch")),
-            "matrix products alone": lambda i: products(i["x"].detach().flatten(0, 1), linears),
-        },
-    )
+def competitor(who: str, work: Work, inputs: list[dict[str, Tensor]], args, budget: Budget) -> dict[str, Any]:
+    """Seconds and peak memory of one competitor, or `not_measured` with the reason."""
+    device, row = args.device, {}
+    if who.startswith("ours") and (problem := unavailable(device)):
+        return {"not_measured": problem}
+    if budget.over(who):
+        return {"not_measured": f"--seconds {args.seconds:g} are over"}
+    if who == COMPILED:
+        before, began = compiled_graphs(), time.perf_counter()
+        work = compiled(work, "aot_eager" if args.rehearse else "inductor")
+        try:
+            run(work, inputs[0], True)
+        except Exception as error:  # Dynamo, Inductor and Triton raise their own
+            return {"not_measured": f"torch.compile failed: {reason(error)}", "failed": True}
+        budget.compilation = row["compile_seconds"] = time.perf_counter() - began
+        row["graphs"] = compiled_graphs() - before
+    forward = timed(work, inputs, device, args.rounds, False, EACH)
+    with_gradient = inputs[0]["x"].requires_grad and who != PRODUCTS
+    both = timed(work, inputs, device, args.rounds, True, EACH) if with_gradient else forward
+    row |= {"forward_seconds": forward.seconds, **asdict(both)}
+    if who == COMPILED:
+        row["recompiled"] = compiled_graphs() - before - row["graphs"]
+        if not row["graphs"] or row["recompiled"]:
+            row["failed"] = True
+    if device.type == "cuda":
+        row["peak_bytes"] = peak_bytes(lambda: run(work, inputs[0], True), device)
+    return row
 
 
-def compiled(work: Work) -> Work:
-    return torch.compile(work, dynamic=False)
-
-
-def public_loop(i: dict[str, Tensor]) -> Tensor:
-    """The alignment loss as the public REPA code computes it: image by image, in fp32."""
-    total = torch.zeros((), device=i["x"].device)
-    for x, y in zip(i["x"].float(), i["y"].float(), strict=True):
-        total = total - (F.normalize(x, dim=-1) * F.normalize(y, dim=-1)).sum(-1).mean()
-    return total / len(i["x"])
-
-
-def products(x: Tensor, linears: list[nn.Linear]) -> Tensor:
-    """The nine matrix products of a projector's forward and backward pass, and nothing else."""
-    inputs = [x]
-    with torch.no_grad():
-        for linear in linears:
-            inputs.append(torch.addmm(linear.bias, inputs[-1], linear.weight.t()))
-        gradient = inputs[-1]
-        for linear, before in zip(reversed(linears), reversed(inputs[:-1]), strict=True):
-            weight = gradient.t() @ before
-            gradient = gradient @ linear.weight
-    return weight
-
-
-def run(work: Work, inputs: dict[str, Tensor], backward: bool) -> None:
-    out = work(inputs)
-    if backward and out.requires_grad:
-        out.backward()
-        inputs["x"].grad = None
-
-
-def timed(
-    work: Work, inputs: list[dict[str, Tensor]], device: torch.device, rounds: int, backward: bool
-) -> tuple[float, float]:
-    """Seconds a call on the device, and on the host until the call comes back: medians."""
-    for i in inputs[:3]:
-        run(work, i, backward)
-    if not CUDA:
-        seconds = []
-        for number in range(rounds):
-            began = time.perf_counter()
-            run(work, inputs[number % len(inputs)], backward)
-            seconds.append(time.perf_counter() - began)
-        return statistics.median(seconds), statistics.median(seconds)
-    torch.cuda.synchronize(device)
-    on_device, on_host, turn = [], [], 0
-    for _ in range(rounds):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(40_000_000)  # so that the host is ahead, and the device never waits for it
-        begin.record()
-        began = time.perf_counter()
-        for _ in range(CALLS):
-            run(work, inputs[turn % len(inputs)], backward)
-            turn += 1
-        on_host.append((time.perf_counter() - began) / CALLS)
-        end.record()
-        torch.cuda.synchronize(device)
-        on_device.append(begin.elapsed_time(end) / 1e3 / CALLS)
-    return statistics.median(on_device), statistics.median(on_host)
-
-
-def copy_bandwidth(device: torch.device, rounds: int) -> float:
-    """Bytes per second, read and written, of one large copy."""
-    source = torch.ones(ROTATED // 4 if CUDA else 16 << 20, device=device)
-    target = torch.empty_like(source)
-    seconds, _ = timed(lambda i: i["y"].copy_(i["x"]), [{"x": source, "y": target}], device, rounds, backward=False)
-    return 2 * source.numel() * source.element_size() / seconds
-
-
-def peak_bytes(call: Callable[[], None], device: torch.device) -> int:
-    """The most bytes that one call has allocated at a time, beyond its inputs."""
-    call()
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    call()
-    return torch.cuda.max_memory_allocated(device) - before
+def line(row: dict[str, Any]) -> str:
+    """One competitor, printed."""
+    head = f"{row['kernel']:10s} {row['rows']:6d} x {row['width']:4d}  {row['who']:22s}"
+    if "not_measured" in row:
+        return f"{head} not measured: {row['not_measured']}"
+    host, limit = 1e3 * row["host_seconds"], 1e3 * row["limit_seconds"]
+    text = f"{head} {1e3 * row['seconds']:9.3f} ms (host {host:.3f}, limit {limit:.3f})"
+    text += ", host-bound" if row["host_bound"] else ""
+    text += f", extra memory {row['peak_bytes'] / 1e6:.1f} MB" if "peak_bytes" in row else ""
+    text += f", compiled in {row['compile_seconds']:.1f} s: {row['graphs']} graphs" if "graphs" in row else ""
+    return text + (f", recompiled {row['recompiled']} times" if row.get("recompiled") else "")
 
 
 def counted_memory() -> list[dict]:
@@ -245,7 +167,7 @@ def counted_memory() -> list[dict]:
     rows = []
     for count in (8192, 65536):
         ways = {"eager": ("torch", 0), "ours": ("triton", 0), "ours, chunks of 8192": ("triton", 8192)}
-        sizes = (DEPTH_WIDTH, INNER, 768)
+        sizes = (*HEAD, 768)
         found = {who: projector_step(kernel, count, sizes, chunk) for who, (kernel, chunk) in ways.items()}
         for who, peak in found.items():
             rows.append({"rows": count, "who": who, "bytes": peak, "of_eager": peak / found["eager"]})
@@ -264,26 +186,29 @@ def counted_bytes() -> list[dict]:
     return rows
 
 
-def verdict(rows: list[dict]) -> None:
+def verdict(rows: list[dict[str, Any]], cuda: bool) -> None:
     """Each goal against the figures; what was not measured is said."""
     cases: dict[tuple, dict[str, dict]] = {}
     for row in rows:
         cases.setdefault((row["kernel"], row["rows"], row["width"]), {})[row["who"]] = row
     for (kernel, count, width), by in cases.items():
-        case = f"{kernel} {count} x {width}"
+        case, ours = f"{kernel} {count} x {width}", by["ours"]
         for other, goal in GOALS[kernel].items():
-            if not CUDA:
-                print(f"{case}: {other}, goal {goal}: not measured, there is no GPU")
+            theirs = ours if other == "bandwidth" else by[other]
+            if not cuda or "not_measured" in ours or "not_measured" in theirs:
+                print(f"{case}: {other}, goal {goal}: not measured")
             elif other == "bandwidth":
-                print(f"{case}: {by['ours']['bandwidth']:.2f} of the copy's bandwidth (goal {goal} at 65,536 rows)")
+                print(f"{case}: {ours['bandwidth']:.2f} of the copy's bandwidth (goal {goal} at 65,536 rows)")
             else:
-                times = by[other]["seconds"] / by["ours"]["seconds"]
-                print(f"{case}: {times:.2f} times as fast as {other} (goal {goal} at 65,536 rows)")
-        for other, goal in MEMORY_GOALS.get(kernel, {}).items() if CUDA else ():
-            for who in (name for name in by if name.startswith("ours")):
-                share = by[who]["peak_bytes"] / by[other]["peak_bytes"]
-                print(f"{case}: memory of {who} is {share:.2f} of {other}'s (goal {goal} at 65,536 rows)")
+                bound = ", which the host bounds" if theirs["host_bound"] else ""
+                times = theirs["seconds"] / ours["seconds"]
+                print(f"{case}: {times:.2f} times as fast as {other}{bound} (goal {goal} at 65,536 rows)")
+        for other, goal in MEMORY_GOALS.get(kernel, {}).items():
+            for who, row in by.items():
+                if who.startswith("ours") and "peak_bytes" in row and "peak_bytes" in by[other]:
+                    share = row["peak_bytes"] / by[other]["peak_bytes"]
+                    print(f"{case}: memory of {who} is {share:.2f} of {other}'s (goal {goal} at 65,536 rows)")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -90,7 +90,10 @@ def _pair(row: Row) -> Iterator[tuple[str, str, str]]:
 
 
 def _throughput(row: Row) -> Iterator[tuple[str, str, str]]:
-    measured = f"{row['images_per_second']:.0f} images/s, {row['mfu']:.0%} MFU, {row['peak_memory_bytes'] / 1e9:.0f} GB"
+    measured = row.get("error", "")
+    if not measured:
+        share = f"{row['mfu']:.0%} MFU, " if row["mfu"] is not None else ""
+        measured = f"{row['images_per_second']:.0f} images/s, {share}{row['peak_memory_bytes'] / 1e9:.0f} GB"
     yield f"{row['model']} with DINOv2-B, {row['case']}", measured, "recorded"
 
 

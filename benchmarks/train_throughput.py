@@ -1,207 +1,299 @@
-"""Images per second of SiT-XL/2 with DINOv2-B on one GPU, 256 px, ours against the public REPA loop, in one process.
+"""Images per second of a training step on one GPU, 256 px with DINOv2-B: ours, or the public REPA loop.
 
-Latents and images are random and lie on the device, so that nothing but the step is measured. The public code is not
-part of this repository: name a checkout of it.
+One process measures one case, so that neither memory nor shapes of one case touch another's. Images, latent moments and
+labels are random and lie on the device: nothing but the step is measured. The public code is not part of this
+repository; name a checkout of it.
 
-    python -m benchmarks.train_throughput --public path/to/REPA --batch 32
+    python -m benchmarks.train_throughput --way ours --batch 32 --compile
+    python -m benchmarks.train_throughput --way public --batch 32 --public path/to/REPA
+    python -m benchmarks.train_throughput --way ours --batch 32 --stage 2 --no-overflow-check
+
+Step, host and waiting time come from the same steps (waits.py). Every step ends with the GPU idle, in both ways: the
+run's clock synchronizes, and the public loop reads its losses.
 """
 
 from __future__ import annotations
 
-import argparse
+import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
-from torch import nn
 
-from benchmarks.rows import write_row
-from repa_scale.clock import Clock
+from benchmarks.command import Parser, answered, positive, put_row
+from benchmarks.graphs import compiled_graphs
+from benchmarks.our_step import OurStep, run_config
+from benchmarks.peak import data_sheet, product_flops
+from benchmarks.public_step import PRECISIONS, PublicStep, check
+from benchmarks.waits import Waits, unlisted
 from repa_scale.config import Config
-from repa_scale.deepspeed_config import deepspeed_dict
-from repa_scale.draws import draw, drop_labels
-from repa_scale.ema import ShardEma
-from repa_scale.encoders import build_encoder, preprocess
-from repa_scale.engine import Engine
-from repa_scale.errors import UserError
-from repa_scale.flops import GPU_PEAK, training_flops
-from repa_scale.interpolant import Interpolant
-from repa_scale.models.initial import initial_values
-from repa_scale.objective import build_objective, total
+from repa_scale.flops import training_flops
+from repa_scale.plan.times import ELEMENTWISE, OPTIMIZER_BYTES
 from repa_scale.ranks import Ranks
-from repa_scale.sizes import encoder_spec
+from repa_scale.sizes import backbone, token_grid
 
-TOKENS = 256  # 256 px, factor 8, patch 2
+NAME = "train_throughput"
+WARMUP, MORE_WARMUP, LEAST = 5, 20, 5  # steps
+OUT_OF_MEMORY = 1  # exit code
+# Bytes of memory traffic of the public loop, at least. Per token, channel and block: eager with an fp32 residual. Per
+# parameter: clipping 12, Adam 28, EMA 12, the cast of autocast 6.
+PUBLIC_ELEMENTWISE, PUBLIC_OPTIMIZER_BYTES = (104, 218), 58
+HOST_BOUND = 0.05  # of the step: a step that waits less for the GPU is bound by the host
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="SiT-XL/2")
-    parser.add_argument("--encoder", default="dinov2-vit-b")
-    parser.add_argument("--batch", type=int, nargs="+", default=[32])
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--public", help="a checkout of the public REPA code")
-    parser.add_argument("--compile", action="store_true")
+class Step(Protocol):
+    """What is measured: ours or the public one."""
+
+    parameters: int
+    phases: dict[str, float]
+    skipped: int
+
+    def __call__(self) -> None: ...
+    def close(self) -> None: ...
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    return answered(lambda: run(args))
+
+
+def parse(argv: list[str] | None):
+    parser = Parser(__doc__)
+    parser.prog = NAME
+    parser.add_argument("--way", required=True, choices=("ours", "public"))
+    parser.add_argument("--batch", type=positive, default=None, help="images per step; default 32")
+    parser.add_argument("--model", default=None, help="default SiT-XL/2")
+    parser.add_argument("--encoder", default=None, help="default dinov2-vit-b")
+    parser.add_argument("--steps", type=positive, default=None, help="measured steps, after 5 of warm-up; default 20")
+    parser.add_argument("--seconds", type=float, default=25.0, help="measure no longer than this, but 5 steps")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
-    args = parser.parse_args()
-    ranks = Ranks.from_environment(args.device)
+    ours = parser.add_argument_group("--way ours")
+    ours.add_argument("--compile", action="store_true", help="torch.compile, block by block")
+    ours.add_argument("--stage", type=int, choices=(1, 2, 3), default=None, help="ZeRO stage; default that of the run")
+    ours.add_argument("--no-overflow-check", action="store_true", help="DeepSpeed's bf16.check_grad_overflow off")
+    public = parser.add_argument_group("--way public")
+    public.add_argument("--public", metavar="DIR", help="a checkout of the public REPA code")
+    public.add_argument("--precision", choices=PRECISIONS, default=None, help="default fp16, as its README trains")
+    args = parser.parse_args(argv)
+    if args.way == "public":
+        if args.public is None:
+            parser.error("--way public needs --public DIR, a checkout of the public REPA code")
+        if args.compile or args.stage or args.no_overflow_check:
+            parser.error("--compile, --stage and --no-overflow-check belong to --way ours; leave them out")
+    elif args.public or args.precision:
+        parser.error("--public and --precision belong to --way public; leave them out")
+    if args.no_overflow_check and args.stage != 2:
+        # Stage 3 scans in fp16 alone; stage 1 with fp32 gradients has another optimizer, which judges by the norm.
+        parser.error("--no-overflow-check changes a bf16 step under stage 2 alone; give --stage 2")
+    tiny = args.rehearse
+    args.model = args.model or ("SiT-Nano/2" if tiny else "SiT-XL/2")
+    args.encoder = args.encoder or ("dinov2-vit-s" if tiny else "dinov2-vit-b")
+    args.batch = args.batch or (2 if tiny else 32)
+    args.steps = args.steps or (3 if tiny else 20)
+    args.image_size = 64 if tiny else 256
+    args.precision = args.precision or "fp16"
+    return args
+
+
+def run(args) -> int:
+    if args.way == "public":
+        check(args.public, args.model, args.encoder, args.rehearse)
+    config = run_config(args.model, args.encoder, args.batch, args.image_size, args.compile)
+    ranks = Ranks.from_environment("cpu" if args.rehearse else args.device)
+    row: dict[str, Any] = {"case": case(args), "way": args.way, "model": args.model, "batch": args.batch}
     ranks.start()
-    for batch in args.batch:
-        data = Data(batch, ranks.device)
-        ways: dict[str, Callable] = {"ours": ours(args.model, args.encoder, data, ranks, args.compile)}
-        if args.public:
-            ways["public"] = public(args.public, args.model, args.encoder, data, ranks.device)
-        for name, step in ways.items():
-            row = measure(step, args.steps, batch, ranks.device)
-            mfu = row["images_per_second"] * training_flops(args.model, args.encoder, TOKENS) / peak_flops()
-            row |= {"way": name, "model": args.model, "batch": batch, "mfu": mfu, "compile": args.compile}
-            row["case"] = f"{name}, batch {batch}{', compiled' if args.compile else ''}"
-            phases = "  ".join(f"{phase} {1e3 * value:.1f}" for phase, value in row["phases"].items())
-            print(
-                f"{name:7s} batch {batch}: {row['images_per_second']:.1f} images/s, "
-                f"step {1e3 * row['step_seconds']:.1f} ms (host {1e3 * row['host_seconds']:.1f}; {phases}), "
-                f"MFU {mfu:.1%}, {row['peak_memory_bytes'] / 1e9:.1f} GB"
-            )
-            write_row("train_throughput", row)
-        del ways
-    ranks.leave()
-
-
-class Data:
-    """Random images, latents and labels on the device."""
-
-    def __init__(self, batch: int, device: torch.device) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.images = torch.randint(0, 256, (batch, 3, 256, 256), dtype=torch.uint8, generator=generator).to(device)
-        self.x0 = torch.randn(batch, 4, 32, 32, generator=generator).to(device)
-        self.labels = torch.randint(0, 1000, (batch,), generator=generator).to(device)
-        self.index = torch.arange(batch, device=device)
-
-
-def ours(model: str, encoder_name: str, data: Data, ranks: Ranks, compile: bool) -> Callable:
-    config = Config()
-    config.model.name, config.alignment["repa"].encoder = model, encoder_name
-    config.alignment["repa"].depth = 4 if "-B" in model or "-S" in model else 8
-    config.train.global_batch = len(data.labels)
-    dtype = torch.bfloat16
-    with torch.device("meta"):
-        count = sum(p.numel() for p in build_objective(config).parameters())
-    engine = Engine(
-        lambda: build_objective(config),
-        deepspeed_dict(config, 1, count, ranks.device.type),
-        ranks,
-        learning_rate=1e-4,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        weight_decay=0.0,
-        compile=compile,
-    )
-    engine.write(lambda name, shape, start, stop: initial_values(name, shape, start, stop, 0, ranks.device))
-    engine.module.clock = clock = Clock(ranks.device)
-    ema = ShardEma([shard.master for shard in engine.shards], 0.9999)
-    encoder = build_encoder(encoder_name, "random", (16, 16), ranks.device, dtype)
-
-    def step(number: int):
-        with clock.phase("encoder"):
-            targets = {"repa": encoder(data.images)}
-        with clock.phase("draws"):
-            noise = draw(0, number, data.index, (4, 32, 32))
-            labels = drop_labels(data.labels, noise.drop, 1000)
-            x_t, velocity = Interpolant("linear")(data.x0, noise.noise, noise.t)
-        with clock.phase("forward"):
-            loss = total(engine(x_t, noise.t, labels, velocity, targets), {"repa": 0.5})
-        engine.module.backward_begins()
-        with clock.phase("backward"):
-            engine.backward(loss)
-        with clock.phase("optimizer"):
-            if engine.step(1e-4).applied:
-                ema.update()
-        return clock.read
-
-    return step
-
-
-def public(folder: str, model: str, encoder_name: str, data: Data, device: torch.device) -> Callable:
-    """The step of the public train.py: its model and loss, bf16 autocast, fp32 weights, clipping, AdamW, full EMA."""
-    sys.path.insert(0, folder)
     try:
-        from loss import SILoss
-        from models.sit import SiT_models
-    except ImportError as error:
-        raise UserError(f"--public {folder} is not a checkout of the public REPA code ({error})") from None
-    spec = encoder_spec(encoder_name)
-    net = SiT_models[model](
-        input_size=32,
-        num_classes=1000,
-        use_cfg=True,
-        z_dims=[spec.width],
-        encoder_depth=8,
-        fused_attn=True,
-        qk_norm=False,
-    ).to(device)
-    average = [p.detach().clone() for p in net.parameters()]
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, weight_decay=0.0)
-    loss_of = SILoss(
-        prediction="v", path_type="linear", encoders=[], accelerator=None, latents_scale=None, latents_bias=None
-    )
-    encoder = build_encoder(encoder_name, "random", (16, 16), device, torch.float32, "torch").network
-    clock = Clock(device)
-
-    def step(_number: int):
-        autocast = torch.autocast(device.type, torch.bfloat16)
-        with clock.phase("encoder"), torch.no_grad(), autocast:
-            tokens = encoder.forward_features(preprocess(data.images, spec, 224))[:, spec.prefix_tokens :]
-        with clock.phase("forward"), autocast:
-            denoising, alignment = loss_of(net, data.x0, {"y": data.labels}, zs=[tokens])
-            loss = denoising.mean() + 0.5 * alignment.mean()
-        with clock.phase("backward"):
-            loss.backward()
-        with clock.phase("optimizer"):
-            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            with torch.no_grad():
-                for ours_, theirs in zip(average, net.parameters(), strict=True):  # as its update_ema does
-                    ours_.mul_(0.9999).add_(theirs.data, alpha=1 - 0.9999)
-        return clock.read
-
-    return step
+        row["product_flops_per_second"] = product_flops(ranks.device, NAME)
+        step = build(args, config, ranks)
+        row |= measure(step, args.steps, args.seconds, args.batch, ranks.device)
+        row |= settings(args, step)
+        row |= shares(row, config, args.way, step.parameters)
+        step.close()
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if (problem := shortage(error)) is None:
+            raise
+        row["error"] = problem
+        put_row(NAME, row, args.rehearse)
+        print(f"{row['case']}: {problem}", file=sys.stderr)
+        return OUT_OF_MEMORY
+    finally:
+        ranks.leave()
+    put_row(NAME, row, args.rehearse)
+    print(summary(row))
+    if args.compile and not row["graphs"]:
+        print("--compile compiled nothing; is TORCHDYNAMO_DISABLE set?", file=sys.stderr)
+        return 1
+    return 0
 
 
-def measure(step: Callable, steps: int, batch: int, device: torch.device) -> dict:
-    """Medians over `steps` steps after 5 of warm-up. Host time: until the call comes back."""
-    cuda = device.type == "cuda"
-    for number in range(5):
-        step(number)()
-    if cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    seconds, host, phases = [], [], []
-    for number in range(steps):
-        began = time.perf_counter()
-        read = step(number + 5)
-        host.append(time.perf_counter() - began)
-        if cuda:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
-        phases.append(read())
-    middle = statistics.median(seconds)
+def case(args) -> str:
+    words = [f"{args.way}, batch {args.batch}"]
+    words += [args.model] if args.model != "SiT-XL/2" else []
+    words += ["compiled"] if args.compile else []
+    words += [f"ZeRO stage {args.stage}"] if args.stage else []
+    words += ["no overflow check"] if args.no_overflow_check else []
+    words += [args.precision] if args.way == "public" else []
+    return ", ".join(words)
+
+
+def build(args, config: Config, ranks: Ranks) -> Step:
+    if args.way == "public":
+        return PublicStep(args.public, config, ranks.device, args.precision, args.rehearse)
+    backend = "aot_eager" if args.rehearse else "inductor"  # Inductor would call a C++ compiler for minutes
+    return OurStep(config, ranks, args.stage, not args.no_overflow_check, backend)
+
+
+def measure(step: Step, steps: int, seconds: float, batch: int, device: torch.device) -> dict[str, Any]:
+    """Medians and spread of `steps` steps after warm-up, fewer when `seconds` are over.
+
+    Returns:
+        images_per_second, step_seconds, host_seconds and waiting_seconds (with _p10 and _p90), phases, waits by place,
+        memory, and what happened meanwhile that should not: skipped steps, recompilations.
+    """
+    began = time.perf_counter()
+    for number in range(WARMUP + MORE_WARMUP):
+        before = step.skipped
+        step()
+        if number + 1 >= WARMUP and step.skipped == before:  # fp16 finds its loss scale by skipping steps
+            break
+    synchronize(device)
+    warmup = time.perf_counter() - began
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    skipped, graphs = step.skipped, compiled_graphs()
+    samples: dict[str, list[float]] = {"step_seconds": [], "host_seconds": [], "waiting_seconds": []}
+    phases, places = [], {}
+    with Waits(device) as waits:
+        first = time.perf_counter()
+        while len(phases) < steps and (len(phases) < LEAST or time.perf_counter() - first < seconds):
+            began = time.perf_counter()
+            step()
+            synchronize(device)  # counts as waiting, as the step's own do
+            whole = time.perf_counter() - began
+            found = waits.take()
+            waiting = min(whole, sum(wait.seconds for wait in found))
+            for name, value in zip(samples, (whole, whole - waiting, waiting), strict=True):
+                samples[name].append(value)
+            phases.append(dict(step.phases))
+            for wait in found:
+                calls, total = places.get(wait.place, (0, 0.0))
+                places[wait.place] = calls + wait.calls, total + wait.seconds
+        recompiled, left_out = compiled_graphs() - graphs, step.skipped - skipped
+        outside = unlisted(step, waits)
+    samples["images_per_second"] = [batch / value for value in samples["step_seconds"]]
+    count = len(phases)
     return {
-        "images_per_second": batch / middle,
-        "step_seconds": middle,
-        "host_seconds": statistics.median(host),
-        "phases": {name: statistics.median(p[name] for p in phases) for name in phases[0]},
-        "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else 0,
+        **{key: value for name, values in samples.items() for key, value in spread(name, values).items()},
+        "steps": count,
+        "warmup_seconds": warmup,
+        "host_bound": statistics.median(samples["waiting_seconds"])
+        < HOST_BOUND * statistics.median(samples["step_seconds"]),
+        "phases": {name: statistics.median(each.get(name, 0.0) for each in phases) for name in phases[0]},
+        "waits": [
+            {"place": place, "calls_per_step": calls / count, "seconds_per_step": total / count}
+            for place, (calls, total) in sorted(places.items(), key=lambda item: -item[1][1])[:12]
+        ],
+        "unlisted_waits": outside,
+        "graphs": graphs,
+        "recompiled": recompiled,
+        "skipped_steps": left_out,
+        **memory(device),
     }
 
 
-def peak_flops() -> float:
-    """Dense bf16 peak of this GPU; infinite where it is not known."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return next((value for key, value in GPU_PEAK.items() if key in name), float("inf"))
+def spread(name: str, values: list[float]) -> dict[str, float]:
+    """Median, and 10th and 90th percentile as NAME_p10 and NAME_p90."""
+    tenths = statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else values * 9
+    return {name: statistics.median(values), f"{name}_p10": tenths[0], f"{name}_p90": tenths[-1]}
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def memory(device: torch.device) -> dict[str, int]:
+    """Peak bytes of the measured steps, and what the allocator took from the device; the process's on a CPU."""
+    if device.type == "cuda":
+        reserved = torch.cuda.max_memory_reserved(device)
+        return {"peak_memory_bytes": torch.cuda.max_memory_allocated(device), "reserved_memory_bytes": reserved}
+    return {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+
+def settings(args, step: Step) -> dict[str, Any]:
+    """What decides how fast the same mathematics runs."""
+    backends = torch.backends
+    return {
+        "compile": args.compile,
+        "stage": getattr(step, "stage", None),
+        "optimizer": type(step.trainer.engine.optimizer if args.way == "ours" else step.optimizer).__name__,
+        "overflow_check": not args.no_overflow_check if args.way == "ours" else None,
+        "precision": args.precision if args.way == "public" else "bf16",
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "tf32": backends.cuda.matmul.allow_tf32,
+        "cudnn_tf32": backends.cudnn.allow_tf32,
+        "cudnn_benchmark": backends.cudnn.benchmark,
+        "attention": [
+            name
+            for name in ("flash", "mem_efficient", "cudnn", "math")
+            if getattr(backends.cuda, f"{name}_sdp_enabled")()
+        ],
+    }
+
+
+def shares(row: dict[str, Any], config: Config, way: str, parameters: int) -> dict[str, Any]:
+    """The step against what the device can do: model FLOPs utilization, and the limit of arithmetic and memory."""
+    size, _ = backbone(config.model.name)
+    grid = token_grid(config.data.image_size, config.latents.name, config.model.name)
+    tokens = grid[0] * grid[1]
+    flops = row["batch"] * training_flops(config.model.name, config.alignment["repa"].encoder, tokens)
+    per_element = ELEMENTWISE[row["compile"]] if way == "ours" else PUBLIC_ELEMENTWISE
+    traffic = sum(per_element) * size.depth * row["batch"] * tokens * size.width
+    traffic += parameters * (OPTIMIZER_BYTES if way == "ours" else PUBLIC_OPTIMIZER_BYTES)
+    gpu, rate = data_sheet(), flops / row["step_seconds"]
+    limit = flops / row["product_flops_per_second"] + (traffic / gpu.bandwidth if gpu else 0.0)
+    return {
+        "parameters": parameters,
+        "flops_per_step": flops,
+        "memory_bytes_per_step": traffic,
+        "limit_seconds": limit,
+        "mfu": rate / gpu.fp16 if gpu else None,
+        "mfu_of_product": rate / row["product_flops_per_second"],
+    }
+
+
+def shortage(error: BaseException) -> str | None:
+    """One line if memory did not suffice; None: it is another error."""
+    text = (str(error).splitlines() or [""])[0]
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in text:
+        return f"memory does not suffice ({text or type(error).__name__}); use a smaller --batch"
+    return None
+
+
+def summary(row: dict[str, Any]) -> str:
+    """The row on a few lines."""
+    phases = "  ".join(f"{phase} {1e3 * value:.1f}" for phase, value in row["phases"].items())
+    of_sheet = f", {row['mfu']:.1%} of the data sheet" if row["mfu"] is not None else ""
+    lines = [
+        f"{row['case']}: {row['images_per_second']:.1f} images/s "
+        f"({row['images_per_second_p10']:.1f} to {row['images_per_second_p90']:.1f}), "
+        f"step {1e3 * row['step_seconds']:.1f} ms, of it host {1e3 * row['host_seconds']:.1f}, "
+        f"waiting for the device {1e3 * row['waiting_seconds']:.1f}; limit {1e3 * row['limit_seconds']:.1f} ms; "
+        f"MFU {row['mfu_of_product']:.1%} of a matrix product{of_sheet}; {row['peak_memory_bytes'] / 1e9:.1f} GB",
+        f"  phases (ms): {phases}",
+        *(
+            f"  waits {1e3 * wait['seconds_per_step']:.2f} ms in {wait['calls_per_step']:g} calls: {wait['place']}"
+            for wait in row["waits"][:6]
+        ),
+    ]
+    if row["unlisted_waits"]:
+        lines.append(f"  waits that are counted as host time: {row['unlisted_waits']}")
+    if row["recompiled"] or row["skipped_steps"]:
+        lines.append(f"  not clean: {row['recompiled']} recompilations, {row['skipped_steps']} steps skipped")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""How a benchmark is called: bad arguments are answered in one line with exit code 64, as by `repa-scale`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from benchmarks.rows import device_name, write_row
+from repa_scale.errors import ExitCode, UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose errors are one line and code 64, with the option `--rehearse`."""
+
+    def __init__(self, doc: str) -> None:
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU, seconds long")
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        sys.exit(ExitCode.BAD_INPUT)
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, for `type=` of an argument."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least 1")
+    return int(text)
+
+
+def answered(work: Callable[[], int]) -> int:
+    """The exit code of `work`; a mistake of the user's is one line on stderr and code 64."""
+    try:
+        return work()
+    except UserError as error:
+        print(f"benchmark: error: {error}", file=sys.stderr)
+        return ExitCode.BAD_INPUT
+
+
+def put_row(name: str, row: dict[str, Any], rehearsal: bool) -> Path | None:
+    """Appends a row to NAME.jsonl. A rehearsal without BENCHMARK_OUT prints it instead: its figures are no results."""
+    if rehearsal:
+        row = {**row, "rehearsal": True}
+        if not os.environ.get("BENCHMARK_OUT"):
+            print(json.dumps({"benchmark": name, "device": device_name(), **row}))
+            return None
+    return write_row(name, row)
