@@ -1,6 +1,6 @@
 """What this machine is: GPU, driver, versions. Exits with code 64 where the pieces of benchmarks/gpu.sh cannot run.
 
-    python -m benchmarks.environment
+python -m benchmarks.environment
 """
 
 from __future__ import annotations
@@ -16,23 +16,34 @@ from importlib import metadata
 
 from repa_scale.errors import ExitCode, UserError, reason
 
-PACKAGES = ("torch", "triton", "deepspeed", "timm", "torchvision", "numpy", "pydantic", "pillow", "pytest", "repa-scale")
+PACKAGES = (
+    "torch",
+    "triton",
+    "deepspeed",
+    "timm",
+    "torchvision",
+    "numpy",
+    "pydantic",
+    "pillow",
+    "pytest",
+    "repa-scale",
+)
 OLDEST = (8, 0)  # compute capability: below it bf16 is not native
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rehearse", action="store_true", help="a CPU will do")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         found = {"versions": versions(), "host": host(), "gpu": None if args.rehearse else gpu()}
         check_deepspeed()
     except UserError as error:
         print(f"environment: error: {error}", file=sys.stderr)
         return ExitCode.BAD_INPUT
-    from benchmarks.rows import write_row
+    from benchmarks.command import put_row
 
-    write_row("environment", found)
+    put_row("environment", found, args.rehearse)
     for group, values in found.items():
         for key, value in (values or {}).items():
             print(f"{group:9s} {key:18s} {value}")

@@ -1,7 +1,7 @@
 """Runs the pieces of benchmarks/gpu.sh within a time budget, and leaves every result in one folder (docs/gpu.md).
 
-Standard library only: it has to start, and to say what is missing, on a machine where nothing else does. Each piece is a
-process with a time limit; whatever becomes of it, the next one runs.
+Standard library only: it has to start, and to say what is missing, on a machine where nothing else does. Each piece is
+a process with a time limit; whatever becomes of it, the next one runs.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
-from benchmarks.pieces import ENVIRONMENT, REHEARSAL_SECONDS, ROOT, Piece, pieces
+from benchmarks.layout import prepare
+from benchmarks.pieces import ENVIRONMENT, REHEARSAL_SECONDS, Piece, pieces
 from repa_scale.errors import INTERRUPTED, ConfigError, ExitCode, UserError, did_you_mean
 
 RESERVE = 5.0  # seconds kept back for ending the last piece and cleaning up
@@ -31,7 +31,6 @@ GRACE = 3.0  # seconds between SIGTERM and SIGKILL
 LOGGED = 512 << 10  # bytes per piece that log.txt keeps of its output
 TAIL = 15  # lines of a failed piece's output shown on the terminal
 LARGEST = 16 << 20  # bytes per file of the results
-MAPPED = ("kernels", "configs", "launchers")  # top-level folders that are installed inside the package
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ def run(args: argparse.Namespace, deadline: float) -> int:
         (args.out / "log.txt").open("ab", buffering=0) as log,
         (args.out / "summary.jsonl").open("a") as summary,
     ):
-        environment = prepare(Path(work), args, log)
+        environment = prepare(Path(work), args.out, args.wheels, args.rehearse, log)
         for piece in asked:
             one = _one(piece, args, deadline - time.monotonic() - RESERVE, environment, Path(work), log)
             ended.append(one)
@@ -131,69 +130,10 @@ def run(args: argparse.Namespace, deadline: float) -> int:
             summary.flush()
             print(one, flush=True)
             if one.state in ("failed", "timed out"):
-                print(_tail(args.out / "log.txt"), flush=True)
+                print(_tail(args.out / "log.txt", piece.name), flush=True)
             if piece.name == ENVIRONMENT and one.code == ExitCode.BAD_INPUT:
                 raise UserError("this machine cannot run the pieces; see the line above")
     return _verdict(ended, args.out)
-
-
-def prepare(work: Path, args: argparse.Namespace, log: BinaryIO) -> dict[str, str]:
-    """Lays out the package and the wheels in `work`; returns the environment of the pieces.
-
-    The package gets the layout of an installed one, as pyproject.toml maps it: an editable install would need a
-    setuptools that the machine may lack, and would write into the source tree.
-
-    Raises:
-        UserError: the wheels do not fit this Python.
-    """
-    package, wheels = work / "package", work / "wheels"
-    ignore = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "repa_scale", package / "repa_scale", ignore=ignore)
-    for name in MAPPED:
-        shutil.copytree(ROOT / name, package / "repa_scale" / name, ignore=ignore)
-    shutil.copy(ROOT / "ds_config.json", package / "repa_scale" / "configs")
-    _describe(package)
-    if args.wheels is not None:
-        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--no-index", "--no-deps"]
-        command += ["--quiet", "--no-compile", "--target", wheels, *sorted(args.wheels.glob("*.whl"))]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        log.write(done.stdout.encode())
-        if done.returncode:
-            lines = [line for line in done.stdout.splitlines() if line.strip()] or ["pip failed"]
-            raise UserError(f"--wheels {args.wheels} does not fit {sys.executable}: {lines[-1]}")
-    (work / "tmp").mkdir()
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(map(str, (package, wheels, ROOT))),
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "BENCHMARK_OUT": str(args.out),
-        "TRITON_CACHE_DIR": str(work / "triton"),
-        "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"),
-        "TMPDIR": str(work / "tmp"),
-        "HF_HUB_OFFLINE": "1",
-    }
-    if commit := _commit(args.wheels):
-        environment["BENCHMARK_COMMIT"] = commit
-    if args.rehearse:
-        environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    return environment
-
-
-def _describe(package: Path) -> None:
-    """Metadata, for those who ask importlib for the version."""
-    from repa_scale import __version__
-
-    folder = package / f"repa_scale-{__version__}.dist-info"
-    folder.mkdir()
-    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: repa-scale\nVersion: {__version__}\n")
-
-
-def _commit(wheels: Path | None) -> str:
-    """The commit that gpu_wheels.sh noted, for a copy of the code without its repository."""
-    if os.environ.get("BENCHMARK_COMMIT") or wheels is None or (ROOT / ".git").exists():
-        return os.environ.get("BENCHMARK_COMMIT", "")
-    file = wheels / "commit"
-    return file.read_text().strip() if file.is_file() else ""
 
 
 def _one(
@@ -263,8 +203,9 @@ def _copy(source: BinaryIO, log: BinaryIO) -> None:
         written += len(line)
 
 
-def _tail(log: Path) -> str:
-    lines = log.read_text(errors="replace").splitlines()[-TAIL:]
+def _tail(log: Path, name: str) -> str:
+    """The last lines that a piece wrote."""
+    lines = log.read_text(errors="replace").rpartition(f"\n== {name} (limit")[2].splitlines()[1:][-TAIL:]
     return "\n".join(f"    {line[:240]}" for line in lines)
 
 
@@ -272,8 +213,8 @@ def _verdict(ended: list[Ended], out: Path) -> int:
     """Prints what came of it all."""
     bad = [f"{one.name} ({one.state})" for one in ended if one.state in ("failed", "timed out")]
     for file in sorted(out.iterdir()):
-        if file.stat().st_size > LARGEST:
-            print(f"{file.name} has {file.stat().st_size / 2**20:.0f} MiB, more than {LARGEST >> 20}: it may be too large to carry")
+        if (size := file.stat().st_size) > LARGEST:
+            print(f"{file.name} has {size / 2**20:.0f} MiB, more than {LARGEST >> 20}; it may be too large to carry")
     counts = {state: sum(one.state == state for one in ended) for state in ("passed", "not run")}
     print(f"{counts['passed']} passed, {len(bad)} failed, {counts['not run']} not run; results in {out}")
     if bad:

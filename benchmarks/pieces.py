@@ -9,6 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = "environment"  # runs first, whatever pieces are asked for
+TINY = ("--rehearse",)
 REHEARSAL_SECONDS = 300.0  # limit per piece of a rehearsal, where two cores do a GPU's work
 
 
@@ -28,7 +29,7 @@ class Piece:
     name: str
     seconds: float
     command: tuple[str, ...]
-    rehearsal: tuple[str, ...] = ("--rehearse",)
+    rehearsal: tuple[str, ...] = TINY
     rehearsal_environment: Mapping[str, str] = field(default_factory=dict)
     needs_public: bool = False
 
@@ -47,23 +48,24 @@ def pieces(public: Path | None) -> list[Piece]:
         Piece(ENVIRONMENT, 30, _program("environment")),
         _tests("tests", 90, "not training", "tests/kernels/test_on_gpu.py", "tests/test_rng.py"),
         Piece("truth", 75, _program("truth")),
-        _throughput("ours-compiled-32", "--way", "ours", "--batch", "32", "--compile"),
-        _throughput("public-32", "--way", "public", "--batch", "32", public=public),
-        _throughput("ours-eager-32", "--way", "ours", "--batch", "32"),
-        _throughput("ours-compiled-128", "--way", "ours", "--batch", "128", "--compile"),
-        _throughput("public-64", "--way", "public", "--batch", "64", public=public),
-        Piece("kernels/main", 60, _program("kernels", "--rows", "65536", "--widths", "768", "1536")),
-        Piece("profile", 45, _program("profile_step")),
+        _ours("compiled-32", "--batch", "32", "--compile"),
+        _public(public, "32"),
+        _ours("eager-32", "--batch", "32"),
+        _ours("compiled-128", "--batch", "128", "--compile"),
+        _public(public, "64"),
+        _kernels("main", "65536", "768", "1536"),
+        Piece("profile", 60, _program("profile_step", "--batch", "32", "--compile"), (*TINY, "--batch", "2")),
         Piece("nvjpeg", 40, _program("nvjpeg")),
         # The rest, while time is left.
         _tests("training", 100, "training", "tests/kernels/test_on_gpu.py"),
-        _throughput("ours-eager-32-stage2", "--way", "ours", "--batch", "32", "--stage", "2"),
+        _ours("stage2-32", "--batch", "32", "--stage", "2"),
+        _ours("stage2-unchecked-32", "--batch", "32", "--stage", "2", "--no-overflow-check"),
         Piece("step_overhead", 45, _program("step_overhead", "--rounds", "20")),
         Piece("rng", 30, _program("rng", "--rounds", "20")),
-        Piece("memory", 45, _program("zero_memory", "--processes", "1")),
-        Piece("kernels/widths", 60, _program("kernels", "--rows", "65536", "--widths", "384", "1024")),
-        Piece("kernels/rows", 60, _program("kernels", "--rows", "8192", "--widths", "768", "1536")),
-        Piece("tuning", 90, _program("kernel_tuning")),
+        Piece("memory", 60, _program("zero_memory", "--processes", "1")),
+        _kernels("widths", "65536", "384", "1024"),
+        _kernels("rows", "8192", "768", "1536"),
+        Piece("tuning", 90, _program("kernel_tuning"), rehearsal_environment={"TRITON_INTERPRET": "1"}),
     ]
 
 
@@ -71,11 +73,19 @@ def _program(name: str, *arguments: str) -> tuple[str, ...]:
     return ("-m", f"benchmarks.{name}", *arguments)
 
 
-def _throughput(name: str, *arguments: str, public: Path | None = None) -> Piece:
-    needs_public = "public" in arguments
-    checkout = ("--public", str(public)) if needs_public and public else ()
-    command = _program("train_throughput", *arguments, *checkout)
-    return Piece(f"throughput/{name}", 50, command, needs_public=needs_public)
+def _ours(name: str, *arguments: str) -> Piece:
+    command = _program("train_throughput", "--way", "ours", *arguments)
+    return Piece(f"throughput/ours-{name}", 50, command, (*TINY, "--batch", "2"))
+
+
+def _public(checkout: Path | None, batch: str) -> Piece:
+    command = _program("train_throughput", "--way", "public", "--batch", batch, "--public", str(checkout))
+    return Piece(f"throughput/public-{batch}", 50, command, (*TINY, "--batch", "2"), needs_public=True)
+
+
+def _kernels(name: str, rows: str, *widths: str) -> Piece:
+    command = _program("kernels", "--seconds", "50", "--rows", rows, "--widths", *widths)
+    return Piece(f"kernels/{name}", 60, command, (*TINY, "--rows", "256", "--widths", "64"))
 
 
 def _tests(name: str, seconds: float, chosen: str, *files: str) -> Piece:

@@ -1,6 +1,6 @@
 """What `truth` trains on: a small MDS set of drawn pictures and fixed encoder weights, the same on every machine.
 
-Both are made on the spot from numpy's RandomState, whose numbers never change, so nothing has to be carried to a machine
+Both are made on the spot from numpy's RandomState, whose numbers never change: nothing has to be carried to a machine,
 and neither torch's nor timm's initialization plays a part.
 """
 
@@ -100,7 +100,9 @@ def _packed(sample: dict, columns: dict[str, str]) -> bytes:
     values = []
     for name, encoding in columns.items():
         value = sample[name]
-        values.append(value.to_bytes(8, "little") if encoding == "int" else value.encode() if encoding == "str" else value)
+        values.append(
+            value.to_bytes(8, "little") if encoding == "int" else value.encode() if encoding == "str" else value
+        )
     sizes = [len(value) for value, encoding in zip(values, columns.values(), strict=True) if encoding != "int"]
     return np.array(sizes, "<u4").tobytes() + b"".join(values)
 

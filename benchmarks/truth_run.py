@@ -22,10 +22,10 @@ GRID = (SIZE // 4, SIZE // 4)  # tokens
 sizes.BACKBONES["SiT-Truth"] = sizes.SiTSize(4, 64, 2)  # small enough that its checkpoint is easily carried
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     from repa_scale.processes import end_process
 
-    args = parse()
+    args = parse(argv)
     config = configuration(args)
     from repa_scale import train
     from repa_scale.trainer import Trainer
@@ -47,7 +47,7 @@ def main() -> None:
     end_process(int(code))
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="the run folder")
     parser.add_argument("--data", type=Path, required=True, help="made by truth_data.make_set")
@@ -58,7 +58,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--stop-after", type=int, default=0, metavar="STEP", help="create RUN/stop in this step")
     parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def configuration(args: argparse.Namespace) -> Config:
