@@ -24,14 +24,14 @@ TRACE = "trace.json.gz"
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, rehearsal=False)
     parser.prog = "collect"
     parser.add_argument("folder", type=Path, metavar="DIR", help="what benchmarks/gpu.sh left in --out")
     args = parser.parse_args(argv)
-    return answered(lambda: collect(args.folder, keep=not args.rehearse))
+    return answered(lambda: collect(args.folder))
 
 
-def collect(folder: Path, keep: bool = True) -> int:
+def collect(folder: Path) -> int:
     """Prints the tables and files the rows (a rehearsal's are never filed). Returns 1 if the checkpoint is wrong.
 
     Raises:
@@ -42,14 +42,14 @@ def collect(folder: Path, keep: bool = True) -> int:
     rehearsal = any(row.get("rehearsal") for row in rows)
     for title, lines in tables(rows):
         print(f"### {title} ({device})\n\n" + "\n".join(lines) + "\n")
-    if keep and not rehearsal:
+    if rehearsal:
+        print("rows of a rehearsal are no results: nothing was filed")
+    else:
         added = file_rows(rows, device)
         print(f"{added} new rows of {len(rows)} in {results.RESULTS}")
         if (folder / TRACE).is_file():
             name = "".join(c if c.isalnum() else "_" for c in device)
             shutil.copyfile(folder / TRACE, results.RESULTS / f"trace-{name}.json.gz")
-    elif rehearsal:
-        print("rows of a rehearsal are no results: nothing was filed")
     return verify(folder)
 
 

@@ -13,8 +13,10 @@ from training_loop import curve
 pytestmark = pytest.mark.gpu
 REHEARSAL = os.environ.get("REPA_SCALE_REHEARSE") == "1"
 CASES = small_cases() if REHEARSAL else {**small_cases(), **large_cases()}
+SETTINGS = ["plain", "checkpointing", "compile"]
 if REHEARSAL:
     CASES = dict(list(CASES.items())[::15])
+    SETTINGS.remove("compile")  # Inductor takes minutes for a CPU
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +41,7 @@ def test_compiled_by_inductor(gpu):
 
 
 @pytest.mark.timeout(580)
-@pytest.mark.parametrize("setting", ["plain", "checkpointing", "compile"])
+@pytest.mark.parametrize("setting", SETTINGS)
 def test_training_with_and_without_the_kernels(setting, gpu):
     """ZeRO-3 on one rank, bf16: the first step within rounding, 200 steps whose curves coincide within their noise."""
     pytest.importorskip("deepspeed")
