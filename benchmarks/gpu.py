@@ -35,7 +35,7 @@ LARGEST = 16 << 20  # bytes per file of the results
 
 @dataclass(frozen=True)
 class Ended:
-    """How a piece ended. `state`: passed, failed, timed out, not run."""
+    """How a piece ended. `state`: passed, failed, timed out, interrupted, not run."""
 
     name: str
     state: str
@@ -112,7 +112,7 @@ def groups() -> list[str]:
 
 def run(args: argparse.Namespace, deadline: float) -> int:
     """All pieces that were asked for, until `deadline` on the monotonic clock. Returns the exit code."""
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the piece, and removes what lies in /tmp
     args.out.mkdir(parents=True, exist_ok=True)
     asked = [p for p in pieces(args.public) if not args.pieces or {p.name, p.group} & {*args.pieces, ENVIRONMENT}]
     ended: list[Ended] = []
@@ -131,6 +131,8 @@ def run(args: argparse.Namespace, deadline: float) -> int:
             print(one, flush=True)
             if one.state in ("failed", "timed out"):
                 print(_tail(args.out / "log.txt", piece.name), flush=True)
+            if one.state == "interrupted":
+                raise KeyboardInterrupt
             if piece.name == ENVIRONMENT and one.code == ExitCode.BAD_INPUT:
                 raise UserError("this machine cannot run the pieces; see the line above")
     return _verdict(ended, args.out)
@@ -149,7 +151,10 @@ def _one(
     limit = min(left, REHEARSAL_SECONDS if args.rehearse else piece.seconds)
     log.write(f"\n== {piece.name} (limit {limit:.0f} s): {' '.join(command)}\n".encode())
     began = time.monotonic()
-    code = execute(command, limit, environment, work, log)
+    try:
+        code = execute(command, limit, environment, work, log)
+    except KeyboardInterrupt:
+        return Ended(piece.name, "interrupted", INTERRUPTED, time.monotonic() - began)
     seconds = time.monotonic() - began
     if code is None:
         log.write(f"== {piece.name}: stopped after {seconds:.0f} s\n".encode())
@@ -178,7 +183,7 @@ def execute(
             code = process.wait(limit)
     finally:
         _end(process)
-    reader.join(GRACE)  # a process that left its group may hold the pipe open
+        reader.join(GRACE)  # a process that left its group may hold the pipe open
     return code
 
 
@@ -197,10 +202,11 @@ def _end(process: subprocess.Popen) -> None:
 def _copy(source: BinaryIO, log: BinaryIO) -> None:
     """The first `LOGGED` bytes; the rest is read and dropped, so that nobody waits on a full pipe."""
     written = 0
-    for line in source:
-        if written <= LOGGED:
-            log.write(line if written + len(line) <= LOGGED else b"== the rest of the output was dropped\n")
-        written += len(line)
+    with suppress(ValueError):  # the log was closed
+        for line in source:
+            if written <= LOGGED:
+                log.write(line if written + len(line) <= LOGGED else b"== the rest of the output was dropped\n")
+            written += len(line)
 
 
 def _tail(log: Path, name: str) -> str:

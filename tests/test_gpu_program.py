@@ -4,9 +4,11 @@ import gzip
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from pathlib import Path
 
@@ -78,6 +80,22 @@ def test_the_budget_holds(tmp_path, monkeypatch):
     assert gpu.main(["--seconds", "17", "--out", str(tmp_path / "out")]) == 1
     assert time.monotonic() - began < 17
     assert [row["state"] for row in summary(tmp_path / "out")] == ["passed", "timed out", *3 * ["not run"]]
+
+
+def test_a_program_that_is_stopped_ends_its_piece_and_cleans_up(tmp_path, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    stop = "import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
+    wanted = [script("environment", "pass"), script("stopped", stop, 50), script("never", "pass")]
+    monkeypatch.setattr(gpu, "pieces", lambda public: wanted)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    began = time.monotonic()
+    try:
+        assert gpu.main(["--seconds", "60", "--out", str(tmp_path / "out")]) == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert time.monotonic() - began < 30
+    assert [row["state"] for row in summary(tmp_path / "out")] == ["passed", "interrupted"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_machine_without_a_gpu_is_one_line(tmp_path):
