@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.truth_data import CLASSES, SIZE
@@ -38,9 +37,8 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if args.stop_after:
         ask_to_stop(Trainer, args.stop_after)
-    yaml = json.dumps(asdict(config), indent=1)  # JSON is YAML
     try:
-        code = train.run(config, yaml)
+        code = train.run(config)
     except Exception:
         logging.exception("the run failed")
         code = 70

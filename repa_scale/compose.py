@@ -7,6 +7,8 @@ names the key. A frozen file (`--config RUN/config.yaml`) needs no Hydra.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import json
 import types
 import typing
 from collections.abc import Iterator
@@ -83,10 +85,15 @@ def complete(config: Config, preset: str = "") -> Config:
 
 
 def resolved_yaml(config: Config) -> str:
-    """The configuration as YAML; `compose(["--config", file])` of it gives an equal `Config`."""
-    omegaconf = require("omegaconf", "train")
-    values = omegaconf.OmegaConf.to_container(omegaconf.OmegaConf.structured(config))
+    """The configuration as YAML; `compose(["--config", file])` of it gives an equal `Config`.
+
+    A machine without OmegaConf, on which a program made the configuration, gets it as JSON, which is YAML too.
+    """
+    values = dataclasses.asdict(config)
     values["alignment"] = {"kernel": values.pop(KERNEL_FIELD), **values["alignment"]}
+    if importlib.util.find_spec("omegaconf") is None:
+        return json.dumps(values, indent=1) + "\n"
+    omegaconf = require("omegaconf", "train")
     return omegaconf.OmegaConf.to_yaml(omegaconf.OmegaConf.create(values))
 
 

@@ -70,12 +70,8 @@ def _leave_outcome(code: int, error: str) -> None:
             path.write_text(json.dumps({"code": int(code), "error": error}))
 
 
-def run(config, yaml: str | None = None) -> ExitCode:
-    """Checks all that can be checked before anything is loaded, then trains `config` (repa_scale.config.Config).
-
-    Args:
-        yaml: what RUN/config.yaml shows; by default the resolved configuration, which takes OmegaConf to write.
-    """
+def run(config) -> ExitCode:
+    """Checks all that can be checked before anything is loaded, then trains `config` (repa_scale.config.Config)."""
     from repa_scale.compose import resolved_yaml
     from repa_scale.ranks import Ranks
     from repa_scale.validation import validate
@@ -103,8 +99,7 @@ def run(config, yaml: str | None = None) -> ExitCode:
     if len(set(ranks.gather_objects(identity["identity_hash"]))) > 1:
         raise ConfigError("the ranks have different configurations or data; start them all with the same arguments")
     _verify(config, dataset, ranks)
-    yaml = resolved_yaml(config) if yaml is None else yaml
-    folder = _join(config, ranks, identity, yaml, 16 * parameters + 2**20)
+    folder = _join(config, ranks, identity, resolved_yaml(config), 16 * parameters + 2**20)
     from repa_scale.run_folder import log_to_folder
 
     log_to_folder(Path(config.run.dir), ranks.rank)
