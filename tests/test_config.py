@@ -236,7 +236,7 @@ def test_a_frozen_file_without_omegaconf_is_the_same_configuration(tmp_path, mon
     config = compose(["experiment=demo_repa", "data.path=set", "alignment.kernel=torch"])
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: name != "omegaconf" and find(name, *rest) or None
+        importlib.util, "find_spec", lambda name, *rest: (name != "omegaconf" and find(name, *rest)) or None
     )
     text = resolved_yaml(config)
     monkeypatch.undo()
