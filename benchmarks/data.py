@@ -43,7 +43,7 @@ from torch.utils.data import DataLoader
 from benchmarks.rows import write_row
 from repa_scale import torchvision_fix
 from repa_scale.data.batches import Batches, DataSet, open_dataset
-from repa_scale.data.decode import DaliDecoder
+from repa_scale.data.dali import DaliDecoder
 from repa_scale.data.features import Cached, Stored
 from repa_scale.data.ingest import ingest
 from repa_scale.data.recipe import Recipe

@@ -8,6 +8,7 @@ import os
 import shutil
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from repa_scale import evaluations
@@ -137,7 +138,7 @@ def open_run(path: Path, identity: dict, config_yaml: str, resume: str) -> RunFo
     """Rank 0: takes the folder for this attempt, or refuses it and touches nothing.
 
     Args:
-        identity: `keys`, `identity_hash` and `pair_id` of this run.
+        identity: `keys`, `identity_hash`, `pair_id` and `pixels` of this run.
         config_yaml: the resolved configuration, for RUN/config.yaml.
         resume: `auto`, or `never` to refuse a folder that holds a checkpoint.
 
@@ -194,6 +195,20 @@ def check_identity(path: Path, identity: dict) -> None:
             f"run.dir={path} belongs to another run; these keys differ (there -> here): {'; '.join(lines)}; "
             "choose another run.dir, or the same settings"
         )
+
+
+def pinned_pixels(path: Path) -> str | None:
+    """The pixels that a run was trained on so far (data/decoder_choice.py); None: it begins anew, or is from before
+    they were pinned. A run that was fetched from a store has them in its checkpoint alone."""
+    from repa_scale.checkpoint import MANIFEST, list_checkpoints
+
+    checkpoints = list_checkpoints(path / "checkpoints")
+    for file in (path / "identity.json", *(folder / MANIFEST for folder in reversed(checkpoints))):
+        if checkpoints and file.is_file():
+            with suppress(ValueError):  # a damaged manifest: the resume will say so
+                if pixels := json.loads(file.read_text()).get("pixels"):
+                    return pixels
+    return None
 
 
 def require_disk_space(path: Path, needed: int) -> None:

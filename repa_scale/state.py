@@ -73,6 +73,7 @@ def describe_state(engine: Engine, ranks: Ranks, step: int, config: Config, iden
         "identity": identity["keys"],
         "identity_hash": identity["identity_hash"],
         "pair_id": identity["pair_id"],
+        **({"pixels": identity["pixels"]} if "pixels" in identity else {}),
         "config": _portable(config),
         "world_size": ranks.world_size,
         "zero_stage": engine.stage,

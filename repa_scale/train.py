@@ -99,10 +99,14 @@ def run(config) -> ExitCode:
     if len(set(ranks.gather_objects(identity["identity_hash"]))) > 1:
         raise ConfigError("the ranks have different configurations or data; start them all with the same arguments")
     _verify(config, dataset, ranks)
-    folder = _join(config, ranks, identity, resolved_yaml(config), 16 * parameters + 2**20)
+    from repa_scale.data.decoder_choice import Decoders
+
+    decoders = Decoders.found(config.data.decoder, ranks, dataset.manifest["recipe"], dataset.cached.pictures)
+    folder, decoder = _join(config, ranks, identity, resolved_yaml(config), 16 * parameters + 2**20, decoders)
     from repa_scale.run_folder import log_to_folder
 
     log_to_folder(Path(config.run.dir), ranks.rank)
+    decoder.tell()
     if config.train.deterministic:
         import torch
 
@@ -121,7 +125,7 @@ def run(config) -> ExitCode:
             tags = run_tags(config, ranks, identity, dataset)
             write_atomically(Path(config.run.dir) / "tags.json", redacted(json.dumps(tags, indent=1)))
             tracker = open_tracker(config, Path(config.run.dir), tags, dataset)
-        return Trainer(config, ranks, dataset, folder, tracker, identity, ds_config).train()
+        return Trainer(config, ranks, dataset, folder, tracker, identity, ds_config, decoder.decoder).train()
     except BaseException as error:
         if folder is not None:
             folder.fail(f"{type(error).__name__}: {error}")
@@ -203,28 +207,41 @@ def run_tags(config, ranks, identity: dict, dataset) -> dict[str, str]:
     }
 
 
-def _join(config, ranks, identity: dict, yaml: str, checkpoint_bytes: int):
-    """Rank 0 opens the run folder; where it is refused, every rank raises the same error.
+def _join(config, ranks, identity: dict, yaml: str, checkpoint_bytes: int, decoders):
+    """Rank 0 opens the run folder and settles the decoder; where either is refused, every rank raises the same error.
 
+    identity: the pixels that the decoder gives are added to it.
     checkpoint_bytes: master weights, two moments and EMA in fp32 (16 bytes a parameter), and a little.
     """
-    from repa_scale.run_folder import open_run, require_disk_space
+    from repa_scale.run_folder import check_identity, open_run, pinned_pixels, require_disk_space
 
-    folder, refusal = None, None
+    folder, decoder, refusal = None, None, None
     if ranks.is_main:
         try:
             path = Path(config.run.dir)
             require_disk_space(path, checkpoint_bytes)
             if config.checkpoint.upload and config.run.resume != "never":
                 _restore(path, config.checkpoint.upload, identity)
-            folder = open_run(path, identity, yaml, config.run.resume)
+            check_identity(path, identity)
+            decoder = decoders.choose(pinned_pixels(path))
+            folder = open_run(path, _with_pixels(identity, decoder), yaml, config.run.resume)
+            if decoder.replaced:
+                folder.incident("decoder_changed", decoder=decoder.decoder, before=decoder.replaced, now=decoder.pixels)
             folder.start()
         except UserError as error:
             refusal = error
-    refusal = ranks.broadcast_object(refusal)
+    refusal, decoder = ranks.broadcast_object((refusal, decoder))
     if refusal is not None:
         raise refusal
-    return folder
+    _with_pixels(identity, decoder)
+    return folder, decoder
+
+
+def _with_pixels(identity: dict, decoder) -> dict:
+    """Pins the pixels of the run beside its identity, outside the hash."""
+    if decoder.pixels:
+        identity["pixels"] = decoder.pixels
+    return identity
 
 
 def _restore(path: Path, url: str, identity: dict) -> None:

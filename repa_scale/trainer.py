@@ -20,7 +20,6 @@ from repa_scale.clock import Clock
 from repa_scale.config import Config
 from repa_scale.data.bad import Quarantine
 from repa_scale.data.batches import Batch, Batches, DataSet
-from repa_scale.data.decode import choose_decoder
 from repa_scale.divergence import Judge
 from repa_scale.draws import draw, drop_labels
 from repa_scale.ema import ShardEma
@@ -59,8 +58,9 @@ class Trainer:
         config: completed and validated.
         run: the run folder; None on ranks other than 0.
         tracker: where rank 0 reports to.
-        identity: `keys`, `identity_hash`, `pair_id`.
+        identity: `keys`, `identity_hash`, `pair_id`, `pixels`.
         ds_config: of deepspeed_config.deepspeed_dict.
+        decoder: `pillow` or `dali`, as all ranks decided (data/decoder_choice.py).
     """
 
     def __init__(
@@ -72,9 +72,11 @@ class Trainer:
         tracker: Tracker | None,
         identity: dict,
         ds_config: dict,
+        decoder: str = "pillow",
     ) -> None:
         self.config, self.ranks, self.dataset = config, ranks, dataset
         self.run, self.tracker, self.identity = run, tracker, identity
+        self.decoder = decoder
         self.checkpoints = Path(config.run.dir) / "checkpoints"
         self.clock = Clock(ranks.device)
         self.stop = StopRequest(run.path if run else None)
@@ -129,6 +131,7 @@ class Trainer:
         self.goodput = Goodput(run.path, run.before) if run else None
         self.attempt: int = ranks.broadcast_object(run.attempt if run else None)
         self.skipped = 0
+        self.fallbacks = 0  # pictures that DALI could not decode and Pillow did, since this start
         self._means: dict[str, list[float]] = {}  # of the steps since the last checkpoint
         self._seconds: dict[str, float] = {}  # of the last step, by phase
         self._since_log: list[dict[str, float]] = []
@@ -224,7 +227,7 @@ class Trainer:
             world=self.ranks.world_size,
             workers=config.data.workers,
             start_step=batch_number(done, self.left_out.windows),
-            decoder=choose_decoder(config.data.decoder, device),
+            decoder=self.decoder,
             flip=config.data.flip,
             device=device,
         )
@@ -300,17 +303,20 @@ class Trainer:
         self.watchdog.enter("record", step)
         names = sorted(losses)
         left_out = torch.tensor(float(len(batch.bad)))
+        faults = torch.tensor(float(len(batch.faults)))
         shared = reduce_step(
             self.ranks,
-            [left_out, *(losses[name] for name in names)],
+            [left_out, faults, *(losses[name] for name in names)],
             fingerprint(batch.ids),
             [self.stop.asked, self.saver.failed],
             [self._seconds.get(phase, 0.0) for phase in LOCAL_PHASES],  # of the step before: no wait for the device
         )
         stop, save_failed = shared.flags
-        bad, *means = shared.means
+        bad, faulty, *means = shared.means
         if bad:
             self.set_aside(step, batch)
+        if faulty:
+            self.note_faults(step, batch)
         values = dict(zip(names, means, strict=True))
         if save_failed:
             self.saver.retry()
@@ -343,6 +349,7 @@ class Trainer:
             "peak_memory_bytes": _peak_memory(self.ranks.device),
             "loss_scale": outcome.loss_scale,
             "skipped_steps": self.skipped,
+            **({"decode_fallbacks": self.fallbacks} if self.decoder == "dali" else {}),
             "batch_fingerprint": f"{shared.fingerprint:016x}",
         }
         self.run.record(row)
@@ -364,6 +371,17 @@ class Trainer:
             log.warning("step %d: sample %d was left out and replaced: %s", step, sample.number, sample.reason)
             if self.run is not None:
                 self.run.quarantine({"step": step, "attempt": self.run.attempt, **sample.as_dict()})
+
+    def note_faults(self, step: int, batch: Batch) -> None:
+        """Counts the pictures that DALI failed on, over all ranks; tells of the first, and of every lost pipeline."""
+        for rank, faults in enumerate(self.ranks.gather_objects(batch.faults)):
+            for fault in faults:
+                if fault.kind == "pipeline":
+                    self._incident("decoder_rebuilt", step=step, rank=rank, reason=fault.reason)
+                    continue
+                self.fallbacks += 1
+                if self.fallbacks == 1:
+                    self._incident("decode_fallback", step=step, rank=rank, reason=fault.reason)
 
     def _judge(self, step: int, loss: float, outcome: Outcome, batch: Batch) -> Window | None:
         """Notes a step that was not applied, or a spike, with its samples. All ranks come to the same."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import os
 import pickle
 import signal
@@ -20,8 +21,9 @@ from concurrent.futures import TimeoutError as FuturesTimeoutError
 import torch
 from torch.utils.data import DataLoader
 
+from repa_scale.data.dali import DaliDecoder
 from repa_scale.data.dataset import DataSet, check_dataset, open_dataset
-from repa_scale.data.decode import DaliDecoder, decode
+from repa_scale.data.decode import decode
 from repa_scale.data.slabs import Slabs
 from repa_scale.data.steps import Batch, Encoded, Failure, InSlab, Onwards, Steps
 from repa_scale.errors import DataError
@@ -66,7 +68,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         """Raises `DataError` where samples in a row cannot be read or no batch comes for a long time, `RuntimeError`
-        where a worker was killed."""
+        where a worker was killed, `DecoderError` where DALI stopped working."""
         if not self._steps.dataset.cached.pictures:  # nothing to decode: threads read faster than processes hand over
             return ahead(iter(Onwards(self._start)), self._read(), max(1, self._workers))
         if self._workers and self._steps.decoder == "pillow":
@@ -129,9 +131,10 @@ class Batches:
             timeout=PATIENCE if self._workers else 0,
             multiprocessing_context="fork" if self._workers else None,
             worker_init_fn=functools.partial(_leave_signals_to_the_parent, os.getpid()),
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self._device.type == "cuda",
         )
-        with _stop_signals_held():  # the workers are forked here, and keep them held until they know what to do
+        # The workers are forked here, and keep the signals held until they know what to do with them.
+        with _stop_signals_held(), _garbage_kept():
             self._stream = iter(loader)
         while True:
             try:
@@ -208,6 +211,17 @@ def _stop_signals_held() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def _garbage_kept() -> Iterator[None]:
+    """Processes forked inside never collect what exists now: the end of one of DALI's pipelines waits for threads that
+    a forked process does not have, for ever."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _leave_signals_to_the_parent(parent: int, worker: int) -> None:

@@ -19,8 +19,9 @@ from repa_scale import rng
 from repa_scale.data import device_crop
 from repa_scale.data.bad import TRIES, BadSample, replacement
 from repa_scale.data.crop import center_crop
+from repa_scale.data.dali import DaliDecoder, DecoderFault
 from repa_scale.data.dataset import DataSet
-from repa_scale.data.decode import DaliDecoder, decode, rgb
+from repa_scale.data.decode import decode, rgb
 from repa_scale.data.order import Order
 from repa_scale.data.slabs import Slabs
 from repa_scale.errors import DataError, UserError
@@ -39,6 +40,7 @@ class Batch:
         features: stored ones that the run reads instead of making them: `moments` (N, 2C, h, w) fp32, and by encoder
             `tokens.NAME` (N, T, z).
         bad: samples that were left out on the way.
+        faults: of the decoder, while it decoded this batch.
     """
 
     images: Tensor
@@ -47,6 +49,7 @@ class Batch:
     index: Tensor
     features: dict[str, Tensor] = field(default_factory=dict)
     bad: tuple[BadSample, ...] = ()
+    faults: tuple[DecoderFault, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -191,14 +194,12 @@ class Steps(Dataset):
         bad: list[BadSample],
         places: dict[str, memoryview],
         tried: int = 0,
-        pixels: bool = False,
     ) -> Sample:
         """The sample of a position, or what takes its place; what could not be read is appended to `bad`.
 
         Args:
             places: where its features are read to.
             tried: samples that could not be read at this position before.
-            pixels: decode here, also for `dali`.
 
         Raises:
             DataError: TRIES in a row could not be read.
@@ -207,40 +208,54 @@ class Steps(Dataset):
             row: dict = {}
             try:
                 row = self.dataset.reader.read(number, places)
-                return self._read(row, number, flipped, tried, pixels or self.decoder == "pillow")
+                return self._read(row, number, flipped, tried)
             except (DataError, OSError) as error:
                 reason = str(error) if isinstance(error, DataError) else f"it cannot be read ({error.strerror})"
-            bad.append(self.left_out(number, row.get("id"), position, reason))
-            tried += 1
-            if tried >= TRIES:
-                raise DataError(f"{self.dataset.path}: {tried} samples in a row cannot be read, the last one: {reason}")
-            number = replacement(position, tried, self.dataset.count, self.seed, self.dataset.fingerprint)
+            number, tried = self._replaced(number, row.get("id"), position, tried, reason, bad)
 
-    def left_out(self, number: int, identity: int | None, position: int, reason: str) -> BadSample:
+    def _replaced(
+        self, number: int, identity: int | None, position: int, tried: int, reason: str, bad: list[BadSample]
+    ) -> tuple[int, int]:
+        """Leaves a sample out. Returns the one that takes its place, and how many were tried at this position."""
         shard = self.dataset.reader.shards[self.dataset.reader.locate(number)[0]].basename
-        return BadSample(number, identity, shard, reason, position)
+        bad.append(BadSample(number, identity, shard, reason, position))
+        tried += 1
+        if tried >= TRIES:
+            raise DataError(f"{self.dataset.path}: {tried} samples in a row cannot be read, the last one: {reason}")
+        return replacement(position, tried, self.dataset.count, self.seed, self.dataset.fingerprint), tried
 
     def finish(self, encoded: Encoded, decoder: DaliDecoder) -> Batch:
-        """Decodes with `decoder`; what it cannot read is replaced as anywhere."""
+        """Decodes with `decoder`; what it cannot read is replaced as anywhere, and decoded by it too.
+
+        Raises:
+            DataError: TRIES samples in a row could not be read.
+            DecoderError: the decoder stopped working.
+        """
         bad, samples = list(encoded.bad), list(encoded.samples)
-        pictures = decoder([sample.image for sample in samples], [self._where(s.number, s.name) for s in samples])
-        device = next((picture.device for picture in pictures if isinstance(picture, Tensor)), torch.device("cpu"))
-        for i, (sample, picture) in enumerate(zip(samples, pictures, strict=True)):
-            if isinstance(picture, Tensor):
-                try:
-                    picture = self._cut(picture, self._where(sample.number, sample.name))
-                    pictures[i] = picture.flip(1) if sample.flipped else picture
-                    continue
-                except DataError as error:
-                    picture = error
-            position = int(encoded.index[i])
-            bad.append(self.left_out(sample.number, sample.id, position, str(picture)))
-            tried = sample.tried + 1
-            number = replacement(position, tried, self.dataset.count, self.seed, self.dataset.fingerprint)
-            places = self.dataset.cached.places(encoded.features, i, sample.flipped)
-            samples[i] = self.sample(position, number, sample.flipped, bad, places, tried, pixels=True)
-            pictures[i] = torch.from_numpy(samples[i].image.copy()).to(device)
-        return self._assembled(torch.stack(pictures), samples, encoded.index, encoded.features, bad)
+        found = decoder([sample.image for sample in samples], [self._where(s.number, s.name) for s in samples])
+        pictures = []
+        for i, picture in enumerate(found):
+            shown = self._shown(picture, samples[i])
+            while isinstance(shown, DataError):
+                old, position = samples[i], int(encoded.index[i])
+                number, tried = self._replaced(old.number, old.id, position, old.tried, str(shown), bad)
+                places = self.dataset.cached.places(encoded.features, i, old.flipped)
+                new = samples[i] = self.sample(position, number, old.flipped, bad, places, tried)
+                (picture,) = decoder([new.image], [self._where(new.number, new.name)])
+                shown = self._shown(picture, new)
+            pictures.append(shown)
+        batch = self._assembled(torch.stack(pictures), samples, encoded.index, encoded.features, bad)
+        return replace(batch, faults=decoder.take_faults())
+
+    def _shown(self, picture: Tensor | DataError, sample: Sample) -> Tensor | DataError:
+        """A decoded picture as it is trained on: cropped and mirrored."""
+        if isinstance(picture, DataError):
+            return picture
+        try:
+            cut = self._cut(picture, self._where(sample.number, sample.name))
+        except DataError as error:
+            return error
+        return cut.flip(1) if sample.flipped else cut
 
     def _where(self, number: int, name: str) -> str:
         return f"{self.dataset.path}: sample {number} ({name})"
@@ -250,13 +265,13 @@ class Steps(Dataset):
             return [False] * len(index)
         return rng.bernoulli(0.5, self.seed, "flip", step + 1, index).tolist()
 
-    def _read(self, row: dict, number: int, flipped: bool, tried: int, pixels: bool) -> Sample:
-        where = self._where(number, row["name"])
+    def _read(self, row: dict, number: int, flipped: bool, tried: int) -> Sample:
         image = None
         if self.dataset.cached.pictures:
-            image = self._pixels(row["image"], where) if pixels else row["image"]
-            if pixels and flipped:
-                image = image[:, ::-1]
+            image = row["image"]
+            if self.decoder == "pillow":
+                image = self._pixels(image, self._where(number, row["name"]))
+                image = image[:, ::-1] if flipped else image
         return Sample(image, row["label"], row["id"], row["name"], number, flipped, tried)
 
     def _pixels(self, data: bytes, where: str) -> np.ndarray:

@@ -198,6 +198,16 @@ def stop_in_sampling(call):
     after(sample_grid, "sample_numbered", action)
 
 
+def no_dali():
+    """DALI's pipeline cannot be built on this rank."""
+    from repa_scale.data import dali
+
+    def action(*_):
+        raise RuntimeError("laid by the test")
+
+    after(dali, "_pipeline", action)
+
+
 def lay():
     for name, rank, *arguments in json.loads(os.environ["FAULTS"]):
         if rank in (RANK, "all"):
