@@ -28,7 +28,6 @@ PACKAGES = (
     "pytest",
     "repa-scale",
 )
-OLDEST = (8, 0)  # compute capability: below it bf16 is not native
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,37 +53,29 @@ def gpu() -> dict:
     """The GPU and its driver.
 
     Raises:
-        UserError: there is none that torch can use.
+        UserError: there is none that this torch and its driver can use, or it is too old.
     """
+    from repa_scale.cuda import absence, device_problem, look, run_problem
+
+    facts = look()
+    problem = device_problem(facts) or (None if facts.capabilities else absence(facts)) or run_problem(facts, "bf16")
+    if problem:
+        raise UserError(f"{problem}; --rehearse needs no GPU")
     import torch
 
-    if torch.version.cuda is None:
-        raise UserError(f"torch {torch.__version__} is a build without CUDA; install a CUDA build, or use --rehearse")
-    driver = _smi("driver_version")
-    if not torch.cuda.is_available():
-        seen = f"driver {driver}" if driver else "no driver"
-        raise UserError(
-            f"torch {torch.__version__} for CUDA {torch.version.cuda} finds no usable GPU here ({seen}); install a "
-            "driver that is as new, or use --rehearse"
-        )
     properties = torch.cuda.get_device_properties(0)
-    capability = (properties.major, properties.minor)
-    if capability < OLDEST:
-        raise UserError(
-            f"{properties.name} has compute capability {capability[0]}.{capability[1]}, and 8.0 is the least; "
-            "use an A100, H100 or newer"
-        )
     return {
         "name": properties.name,
-        "capability": f"{capability[0]}.{capability[1]}",
+        "capability": f"{properties.major}.{properties.minor}",
         "memory_bytes": properties.total_memory,
         "multiprocessors": properties.multi_processor_count,
-        "driver": driver,
+        "driver": _smi("driver_version"),
+        "driver_cuda": facts.driver,
         "clock_mhz": _smi("clocks.max.sm"),
         "power_limit": _smi("power.limit"),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else "none",
+        "nccl": facts.nccl,
     }
 
 

@@ -165,7 +165,9 @@ def dali_requirement(built: str | None) -> str:
     """What to install for the DALI that belongs to a torch built for CUDA `built`."""
     if built is None:
         return "'repa-scale[dali]'"
-    return f"'repa-scale[dali-cuda{major(built)}]'" if major(built) in DALI_EXTRAS else f"nvidia-dali-cuda{major(built)}0"
+    return (
+        f"'repa-scale[dali-cuda{major(built)}]'" if major(built) in DALI_EXTRAS else f"nvidia-dali-cuda{major(built)}0"
+    )
 
 
 def driver_cuda() -> str | None:

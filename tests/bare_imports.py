@@ -2,6 +2,7 @@
 packages that a GPU machine lacks."""
 
 import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -28,5 +29,7 @@ for name in (*programs, "benchmarks.truth_run", "benchmarks.collect"):
 import deepspeed  # noqa: E402, F401
 import pytest  # noqa: E402
 
+os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # packages that are hidden bring some
+plugins = ["-p", "xdist.plugin", "-p", "pytest_timeout", "-p", "no:cacheprovider"]
 gpu_tests = [str(path) for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text()]
-sys.exit(pytest.main(["--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider", f"--rootdir={ROOT}", *gpu_tests]))
+sys.exit(pytest.main(["--collect-only", "-q", "-m", "gpu", *plugins, f"--rootdir={ROOT}", *gpu_tests]))

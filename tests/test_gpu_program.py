@@ -50,6 +50,7 @@ def test_the_next_piece_runs_whatever_becomes_of_one(tmp_path, monkeypatch, caps
         script("last", "pass"),
     ]
     monkeypatch.setattr(gpu, "pieces", lambda public: wanted)
+    monkeypatch.setattr(gpu, "GRACE", 0.5)
     before = sorted((path, path.stat().st_mtime_ns) for path in (ROOT / "benchmarks").rglob("*"))
     out = tmp_path / "out"
     assert gpu.main(["--seconds", "60", "--out", str(out)]) == 1
@@ -76,9 +77,11 @@ def test_the_next_piece_runs_whatever_becomes_of_one(tmp_path, monkeypatch, caps
 def test_the_budget_holds(tmp_path, monkeypatch):
     wanted = [script("environment", "pass"), *(script(f"long/{i}", "import time; time.sleep(30)") for i in range(4))]
     monkeypatch.setattr(gpu, "pieces", lambda public: wanted)
+    monkeypatch.setattr(gpu, "RESERVE", 1.0)
+    monkeypatch.setattr(gpu, "LEAST", 1.0)
     began = time.monotonic()
-    assert gpu.main(["--seconds", "17", "--out", str(tmp_path / "out")]) == 1
-    assert time.monotonic() - began < 17
+    assert gpu.main(["--seconds", "6", "--out", str(tmp_path / "out")]) == 1
+    assert time.monotonic() - began < 6
     assert [row["state"] for row in summary(tmp_path / "out")] == ["passed", "timed out", *3 * ["not run"]]
 
 
@@ -107,7 +110,7 @@ def test_a_machine_without_a_gpu_is_one_line(tmp_path):
         text=True,
     )
     assert done.returncode == 64
-    assert "use --rehearse" in done.stdout and "Traceback" not in done.stdout + done.stderr
+    assert "--rehearse needs no GPU" in done.stdout and "Traceback" not in done.stdout + done.stderr
     assert [row["piece"] for row in summary(tmp_path / "out")] == ["environment"]
 
 
