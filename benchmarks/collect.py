@@ -21,6 +21,7 @@ from repa_scale.errors import DataError
 
 Row = dict[str, Any]
 TRACE = "trace.json.gz"
+REPORTS = ("profile_step", "nvjpeg")  # have tables of their own
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,6 +43,7 @@ def collect(folder: Path) -> int:
     rehearsal = any(row.get("rehearsal") for row in rows)
     for title, lines in tables(rows):
         print(f"### {title} ({device})\n\n" + "\n".join(lines) + "\n")
+    report(folder, rows, device)
     if rehearsal:
         print("rows of a rehearsal are no results: nothing was filed")
     else:
@@ -67,6 +69,20 @@ def read(folder: Path) -> list[Row]:
                 raise DataError(f"{file}, line {number} is damaged ({error}); copy the folder again") from None
             rows.append(row)
     return rows
+
+
+def report(folder: Path, rows: list[Row], device: str) -> None:
+    """Prints what has tables of its own."""
+    from benchmarks import nvjpeg, profile_step
+
+    for row in rows:
+        if row["benchmark"] == "profile_step" and (folder / TRACE).is_file():
+            text = profile_step.report(row, folder / TRACE)
+            print(f"### Profile, {row['case']} ({device})\n\n```\n{text}\n```\n")
+        elif row["benchmark"] == "nvjpeg":
+            print(f"### nvJPEG ({device})\n")
+            nvjpeg.show(row["differences"], row["images_per_second"])
+            print()
 
 
 def file_rows(rows: Iterable[Row], device: str) -> int:
@@ -123,7 +139,7 @@ def tables(rows: list[Row]) -> Iterable[tuple[str, list[str]]]:
         yield "Throughput", table(*_throughput(throughput))
     if kernels := of.get("kernels"):
         yield "Kernels", table(*_plain(kernels))
-    for name in sorted(set(of) - {"environment", "gpu", "truth", "train_throughput", "kernels"}):
+    for name in sorted(set(of) - {"environment", "gpu", "truth", "train_throughput", "kernels", *REPORTS}):
         yield name, table(*_plain(of[name]))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = "environment"  # runs first, whatever pieces are asked for
 TINY = ("--rehearse",)
-REHEARSAL_SECONDS = 300.0  # limit per piece of a rehearsal, where two cores do a GPU's work
+REHEARSAL_SECONDS = 600.0  # limit per piece of a rehearsal, where two cores do a GPU's work
 
 
 @dataclass(frozen=True)
