@@ -5,6 +5,10 @@ BIN := $(VENV)/bin
 # The extra index that serves CPU builds of torch, where one is wanted: TORCH_INDEX=https://... make setup
 TORCH_INDEX ?=
 DEMO_SOURCE ?= digits
+# Of `make gpu`: where the results go, the folder of benchmarks/gpu_wheels.sh, a checkout of the public REPA code.
+OUT ?= gpu-$(shell date +%Y%m%d-%H%M%S)
+WHEELS ?=
+PUBLIC ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint bench gpu docs clean
@@ -32,8 +36,9 @@ bench: setup  ## every benchmark that runs without a GPU; rows go to benchmarks/
 	for script in rng loader data step_overhead zero_memory kernels durability "evaluate sampling" evaluate_metrics \
 	    evaluate_compare "export --model SiT-B/2" serve; do $(BIN)/python -m benchmarks.$$script || exit 1; done
 
-gpu:  ## every GPU test and benchmark, in pieces of under 10 minutes, with torch, timm, triton and DeepSpeed alone
-	benchmarks/gpu.sh all
+gpu:  ## under 10 minutes on a GPU: are the kernels right, how fast is a step (WHEELS=folder on a bare machine; docs/gpu.md)
+	PYTHON=$(if $(wildcard $(BIN)/python),$(abspath $(BIN)/python),$(PYTHON)) \
+	    benchmarks/gpu.sh --seconds 560 --out $(OUT) $(if $(WHEELS),--wheels $(WHEELS)) $(if $(PUBLIC),--public $(PUBLIC))
 
 docs: setup  ## checks that every command and key in the docs is true
 	$(BIN)/python -m pytest tests/test_docs.py

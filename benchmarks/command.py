@@ -19,11 +19,12 @@ OUT_OF_MEMORY = 1  # exit code
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser whose errors are one line and code 64, with the option `--rehearse`."""
+    """An argparse parser whose errors are one line and code 64, with the option `--rehearse` if it has a rehearsal."""
 
-    def __init__(self, doc: str) -> None:
+    def __init__(self, doc: str, rehearsal: bool = True) -> None:
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-        self.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU, seconds long")
+        if rehearsal:
+            self.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU, seconds long")
 
     def parse_args(self, *args: Any, **kwargs: Any) -> argparse.Namespace:
         found = super().parse_args(*args, **kwargs)

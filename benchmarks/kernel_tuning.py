@@ -8,17 +8,17 @@ between architectures (the order of its sums is promised), so there a gain has t
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import sys
 from unittest import mock
 
 import torch
-from repa_scale.kernels import table
+from repa_scale.kernels import table, unavailable
 
+from benchmarks.command import Parser, put_row
 from benchmarks.kernel_subjects import subject
 from benchmarks.kernel_timing import copy_bandwidth, timed
-from benchmarks.rows import device_name, write_row
+from benchmarks.rows import device_name
 
 ROWS = 65536
 # kernel -> (what the benchmark calls it, its sizes with a width that has them)
@@ -31,25 +31,28 @@ SUBJECTS = {
 KEPT = 0.03  # a row of the table is not changed for less
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(__doc__)
     parser.add_argument("--only", nargs="+", default=list(SUBJECTS), choices=list(SUBJECTS))
     parser.add_argument("--rounds", type=int, default=10)
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("kernel_tuning: there is no GPU, and nothing to measure without one", file=sys.stderr)
+    args = parser.parse_args(argv)
+    # A rehearsal measures two tiles of one kernel in Triton's interpreter.
+    device = torch.device("cpu" if args.rehearse else "cuda")
+    only, count, most = (["spatial"], 256, 2) if args.rehearse else (args.only, ROWS, None)
+    problem = unavailable(device) if args.rehearse or torch.cuda.is_available() else "there is no GPU"
+    if problem:
+        print(f"kernel_tuning: {problem}; the tiles of a GPU can only be measured on it", file=sys.stderr)
         return 64
-    device = torch.device("cuda")
     copy = copy_bandwidth(device, args.rounds)
     rows = []
-    for kernel in args.only:
+    for kernel in only:
         name, sizes = SUBJECTS[kernel]
         for size, width in sizes.items():
-            what = subject(name, ROWS, width, device)
+            what = subject(name, count, width, device)
             inputs = [what.build() for _ in range(4)]
             now = table.tile(kernel, size, table.architecture_of(inputs[0]["x"]))
             seconds = {}
-            for tile in candidates(kernel, size, now):
+            for tile in candidates(kernel, size, now)[:most]:
                 by_size = {a: {**table.TILES[kernel][a], size: tile} for a in table.ARCHITECTURES}
                 with mock.patch.dict(table.TILES, {kernel: by_size}):
                     found = timed(what.works["ours"], inputs, device, args.rounds, backward=True)
@@ -61,7 +64,7 @@ def main() -> int:
             print(f"{kernel} {size}: {now} {1e6 * seconds[now]:.1f} us; chosen {chosen} {1e6 * seconds[chosen]:.1f} us")
             measured = {f"{t.rows}x{t.columns}, {t.warps} warps": value for t, value in seconds.items()}
             rows.append({"kernel": kernel, "size": size, "seconds": measured, "chosen": str(chosen)})
-    write_row("kernel_tuning", {"device_rows": ROWS, "copy_bytes_per_second": copy, "rows": rows})
+    put_row("kernel_tuning", {"device_rows": count, "copy_bytes_per_second": copy, "rows": rows}, args.rehearse)
     print(f"measured on {device_name()}")
     return 0
 

@@ -5,32 +5,32 @@ python -m benchmarks.rng
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 
 import torch
 
-from benchmarks.rows import write_row
-from benchmarks.step_overhead import BATCH, Precomputed, bare_loop, config_of, synchronize
+from benchmarks.command import Parser, put_row
+from benchmarks.step_overhead import BATCH, TINY, Precomputed, bare_loop, config_of, synchronize
 from repa_scale.draws import draw
 from repa_scale.ranks import Ranks
 
 GOAL = 0.01
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
-    args = parser.parse_args()
-    ranks = Ranks.from_environment(args.device)
+    args = parser.parse_args(argv)
+    rounds, model = (1, TINY) if args.rehearse else (args.rounds, "SiT-S/2")
+    ranks = Ranks.from_environment("cpu" if args.rehearse else args.device)
     ranks.start()
     device = ranks.device
     batch = Precomputed(device)
-    step = bare_loop(config_of("SiT-S/2", "fp32"), batch, device, torch.float32)
+    step = bare_loop(config_of(model, "fp32"), batch, device, torch.float32)
     seconds = {"draws": [], "torch draws": [], "step": []}
-    for number in range(args.rounds + 1):
+    for number in range(rounds + 1):
         for name, work in (
             ("draws", lambda n: draw(0, n, batch.index, (4, 32, 32))),
             (
@@ -51,7 +51,7 @@ def main() -> None:
         f"draws {1e3 * medians['draws']:.2f} ms (torch's own generator {1e3 * medians['torch draws']:.2f} ms), "
         f"step {1e3 * medians['step']:.0f} ms: {share:.2%} (goal {GOAL:.0%})"
     )
-    write_row("rng", {"seconds": medians, "share": share, "goal": GOAL, "batch": BATCH})
+    put_row("rng", {"seconds": medians, "share": share, "goal": GOAL, "batch": BATCH, "model": model}, args.rehearse)
     ranks.leave()
 
 

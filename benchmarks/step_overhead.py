@@ -8,7 +8,6 @@ that computing is nothing. The loops take turns, round by round, in one process;
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections import defaultdict
@@ -18,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.rows import write_row
+from benchmarks.command import Parser, put_row
 from repa_scale import sizes
 from repa_scale.clock import Clock
 from repa_scale.config import Config
@@ -33,20 +32,22 @@ from repa_scale.ranks import Ranks
 
 PLAIN_GOAL, ZERO3_GOAL = 1.05, 1.25
 BATCH, Z = 8, 768
+TINY = "SiT-Tiny/8"  # of a rehearsal
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
-    args = parser.parse_args()
-    ranks = Ranks.from_environment(args.device)
+    args = parser.parse_args(argv)
+    rounds, small = (1, TINY) if args.rehearse else (args.rounds, "SiT-S/2")
+    ranks = Ranks.from_environment("cpu" if args.rehearse else args.device)
     ranks.start()
     device = ranks.device
     sizes.BACKBONES["SiT-Thin"] = sizes.SiTSize(28, 64, 1)  # for this process alone
     batch = Precomputed(device)
     row = {}
-    for name, model, precision in (("SiT-S/2", "SiT-S/2", "fp32"), ("host", "SiT-Thin/8", "bf16")):
+    for name, model, precision in ((small, small, "fp32"), ("host", "SiT-Thin/8", "bf16")):
         config = config_of(model, precision)
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         loops: dict[str, Callable[[int], dict[str, float]]] = {
@@ -54,22 +55,20 @@ def main() -> None:
             "plain": plain_loop(config, batch, device, dtype),
             "zero3": zero3_loop(config, batch, ranks),
         }
-        seconds, phases = take_turns(loops, args.rounds, device)
+        seconds, phases = take_turns(loops, rounds, device)
         row[name] = {
             "seconds": seconds,
             "plain_over_bare": seconds["plain"] / seconds["bare"],
             "zero3_over_bare": seconds["zero3"] / seconds["bare"],
             "phases": phases,
         }
-        print(f"\n{name} ({model}, {precision}, batch {BATCH}), median of {args.rounds} rounds")
+        print(f"\n{name} ({model}, {precision}, batch {BATCH}), median of {rounds} rounds")
         for loop, value in seconds.items():
             parts = "  ".join(f"{phase} {1e3 * part:.1f}" for phase, part in phases[loop].items())
             print(f"  {loop:6s} {1e3 * value:8.1f} ms  {value / seconds['bare']:.3f} x   ({parts} ms)")
-    print(f"\ngoals on SiT-S/2: plain at most {PLAIN_GOAL}, ZeRO-3 at most {ZERO3_GOAL} times bare")
-    write_row(
-        "step_overhead",
-        {**row, "goals": {"plain": PLAIN_GOAL, "zero3": ZERO3_GOAL}, "threads": torch.get_num_threads()},
-    )
+    print(f"\ngoals on {small}: plain at most {PLAIN_GOAL}, ZeRO-3 at most {ZERO3_GOAL} times bare")
+    row |= {"goals": {"plain": PLAIN_GOAL, "zero3": ZERO3_GOAL}, "threads": torch.get_num_threads()}
+    put_row("step_overhead", row, args.rehearse)
     ranks.leave()
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.rows import write_row
+from benchmarks.command import Parser, put_row
 
 GOAL = 0.05  # relative
 SETTINGS = {  # name -> precision, dtype in which gradients are kept, theory without the EMA
@@ -36,19 +36,22 @@ SETTINGS = {  # name -> precision, dtype in which gradients are kept, theory wit
 EMA_BYTES = 4
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(__doc__)
     parser.add_argument("--model", default="SiT-B/8", help="default: SiT-B/8, 136 M parameters and few tokens")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.worker:
         worker(args.model, *args.worker.split(","))
         return
+    settings, counts, model = SETTINGS, args.processes, args.model
+    if args.rehearse:
+        settings, counts, model = {"fp32": SETTINGS["fp32"]}, [1], "SiT-Tiny/8"
     rows = []
-    for name, (precision, gradients, theory) in SETTINGS.items():
-        for processes in args.processes:
-            ranks = start(args.model, precision, gradients, processes)
+    for name, (precision, gradients, theory) in settings.items():
+        for processes in counts:
+            ranks = start(model, precision, gradients, processes)
             want = (theory + EMA_BYTES) / processes
             got = max(rank["state_bytes"] for rank in ranks) / ranks[0]["parameters"]
             built = max(rank["build_peak_bytes"] for rank in ranks) / ranks[0]["model_bytes"]
@@ -63,7 +66,7 @@ def main() -> None:
             )
     worst = max(abs(row["measured"] / row["theory"] - 1) for row in rows)
     print(f"largest distance from theory {worst:.1%} (goal {GOAL:.0%})")
-    write_row("zero_memory", {"model": args.model, "worst": worst, "goal": GOAL, "rows": rows})
+    put_row("zero_memory", {"model": model, "worst": worst, "goal": GOAL, "rows": rows}, args.rehearse)
 
 
 def start(model: str, precision: str, gradients: str, processes: int) -> list[dict]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import types
 import typing
@@ -121,11 +122,17 @@ def complete(config: Config, preset: str = "") -> Config:
 
 
 def resolved_yaml(config: Config, origin: Origin | None = None) -> str:
-    """The configuration as YAML; `compose(["--config", file])` of it gives an equal `Config`, and `origin` if given."""
-    omegaconf = require("omegaconf", "train")
-    values = omegaconf.OmegaConf.to_container(omegaconf.OmegaConf.structured(config))
+    """The configuration as YAML; `compose(["--config", file])` of it gives an equal `Config`, and `origin` if given.
+
+    A machine without OmegaConf, on which a program made the configuration, gets it as JSON, which is YAML too.
+    """
+    head = origin.as_line() if origin else ""
+    values = dataclasses.asdict(config)
     values["alignment"] = {"kernel": values.pop(KERNEL_FIELD), **values["alignment"]}
-    return (origin.as_line() if origin else "") + omegaconf.OmegaConf.to_yaml(omegaconf.OmegaConf.create(values))
+    if importlib.util.find_spec("omegaconf") is None:
+        return head + json.dumps(values, indent=1) + "\n"
+    omegaconf = require("omegaconf", "train")
+    return head + omegaconf.OmegaConf.to_yaml(omegaconf.OmegaConf.create(values))
 
 
 def print_requested(argv: list[str]) -> bool:

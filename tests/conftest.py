@@ -1,4 +1,7 @@
-"""What all tests share: GPU tests skip without a GPU, and the folders of golden numbers and of real images."""
+"""What all tests share: GPU tests skip without a GPU, and the folders of golden numbers and of real images.
+
+With REPA_SCALE_REHEARSE=1 GPU tests run on the CPU, as a rehearsal of benchmarks/gpu.sh.
+"""
 
 import os
 from pathlib import Path
@@ -7,13 +10,14 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+REHEARSAL = os.environ.get("REPA_SCALE_REHEARSE") == "1"
 
 
 def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() or REHEARSAL:
         return
     for item in items:
-        if "gpu" in item.keywords:
+        if item.get_closest_marker("gpu"):  # not its keywords, which name the folders above it too
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
@@ -23,6 +27,12 @@ def pytest_terminal_summary(terminalreporter):
         for name, line in report.user_properties:
             if name == "summary":
                 terminalreporter.write_line(line)
+
+
+@pytest.fixture(scope="session")
+def gpu() -> str:
+    """The device of GPU tests."""
+    return "cpu" if REHEARSAL else "cuda"
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """compose.py: presets, overrides, frozen files, and one line for every mistake."""
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -228,3 +229,17 @@ def _defaults(node, prefix=""):
         else:
             values[prefix + name] = value
     return values
+
+
+def test_a_frozen_file_without_omegaconf_is_the_same_configuration(tmp_path, monkeypatch):
+    """A bare machine writes RUN/config.yaml without it (docs/gpu.md)."""
+    config = compose(["experiment=demo_repa", "data.path=set", "alignment.kernel=torch"])
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: (name != "omegaconf" and find(name, *rest)) or None
+    )
+    text = resolved_yaml(config)
+    monkeypatch.undo()
+    assert text.startswith("{")
+    (tmp_path / "config.yaml").write_text(text)
+    assert compose(["--config", str(tmp_path / "config.yaml")]) == config

@@ -16,7 +16,6 @@ from repa_scale.cli import main as cli
 from repa_scale.config import SampleConfig
 from repa_scale.errors import UserError
 from repa_scale.sampling import sample, sample_numbered
-from repa_scale.serving.build import pipeline_of
 from repa_scale.serving.labels import LabelNames, read_class_names
 
 SHAPE = (1, 8, 8)
@@ -275,6 +274,8 @@ def test_a_narrower_type_is_kept_and_gives_nearly_the_same_image(dtype, latents,
 
 
 def test_our_own_layout_gives_the_same_pipeline(pipe, tmp_path):
+    from repa_scale.serving.build import pipeline_of
+
     other = pipeline_of(export(tiny_source(), tmp_path / "out", "safetensors"))
     assert torch.equal(
         other("zebra", seed=1, output_type="latent").images, pipe(5, seed=1, output_type="latent").images

@@ -360,7 +360,12 @@ def check_checkpointing(device: str) -> None:
 
 
 def check_compile(device: str, backend: str = "aot_eager") -> None:
-    """torch.compile takes each function into one graph; losses and gradients are the same bits."""
+    """torch.compile takes each function into one graph; losses and gradients are those of eager torch.
+
+    Inductor writes the parts between our kernels anew: other orders of sums, other rounding of exponentials. What it
+    may change is measured against a tensor's largest value, because gradients near zero are sums that cancel.
+    """
+    tolerance = 1e-6 if backend == "aot_eager" else TOLERANCE["projector fp32"]
     projector = papers_projector((48, 96, 40), FP32, device)
     hidden, target = (made((3, 5, size), FP32, "plain", i, device) for i, size in enumerate((48, 40)))
 
@@ -378,7 +383,9 @@ def check_compile(device: str, backend: str = "aot_eager") -> None:
             loss = function(x, chunk)
             loss.backward()
             results.append([loss.detach(), x.grad, *(p.grad.clone() for p in projector.parameters())])
-        assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-8) for a, b in zip(*results, strict=True))
+        for compiled, eager in zip(*results, strict=True):
+            error = (compiled - eager).abs().max() / eager.abs().max()
+            assert error <= tolerance, f"chunk {chunk}: off by {error:.1e} of the largest value"
 
 
 def check_operators(device: str) -> None:

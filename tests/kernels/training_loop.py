@@ -23,10 +23,11 @@ def curve(
     model: str = "SiT-S/2",
     checkpointing: bool = False,
     compile: bool = False,
+    batch: int = BATCH,
 ) -> Tensor:
     """The total loss of each step, (steps,) float64, on the same batches for every kernel."""
     config = Config()
-    config.model.name, config.train.precision, config.train.global_batch = model, precision, BATCH
+    config.model.name, config.train.precision, config.train.global_batch = model, precision, batch
     config.alignment["repa"].depth, config.alignment_kernel = 1, kernel
     ranks = Ranks.from_environment(device)
     ranks.start()
@@ -49,12 +50,12 @@ def curve(
     x0, targets = (torch.randn(SAMPLES, *shape, generator=generator) for shape in ((4, 32, 32), (tokens, Z)))
     losses = []
     for _ in range(steps):
-        chosen = torch.randint(0, SAMPLES, (BATCH,), generator=generator)
-        noise, t = torch.randn(BATCH, 4, 32, 32, generator=generator), torch.rand(BATCH, generator=generator)
+        chosen = torch.randint(0, SAMPLES, (batch,), generator=generator)
+        noise, t = torch.randn(batch, 4, 32, 32, generator=generator), torch.rand(batch, generator=generator)
         at = t.view(-1, 1, 1, 1)
         x_t = (1 - at) * x0[chosen] + at * noise
-        batch = (x_t, t, chosen, noise - x0[chosen], targets[chosen])
-        x_t, t, labels, velocity, target = (value.to(ranks.device) for value in batch)
+        inputs = (x_t, t, chosen, noise - x0[chosen], targets[chosen])
+        x_t, t, labels, velocity, target = (value.to(ranks.device) for value in inputs)
         loss = total(engine(x_t, t, labels, velocity, {"repa": target}), {"repa": 0.5})
         engine.backward(loss)
         engine.step(1e-4)

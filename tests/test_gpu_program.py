@@ -1,0 +1,320 @@
+"""benchmarks/gpu.sh: its budget, what it leaves behind, and that it runs on a machine that has little installed."""
+
+import gzip
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+
+import bare
+import pytest
+
+from benchmarks import collect, gpu, layout, pieces, rows, truth
+from benchmarks.pieces import Piece
+from benchmarks.truth_data import make_set
+from repa_scale.data.check import check_set
+
+ROOT = Path(__file__).resolve().parents[1]
+HANG = """
+import os, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+child = subprocess.Popen(["sleep", "300"])
+open(os.environ["BENCHMARK_OUT"] + "/child", "w").write(str(child.pid))
+time.sleep(300)
+"""
+
+
+def script(name, text, seconds=20.0):
+    return Piece(name, seconds, ("-c", text), ())
+
+
+def summary(out):
+    return [json.loads(line) for line in (out / "summary.jsonl").read_text().splitlines()]
+
+
+def test_the_next_piece_runs_whatever_becomes_of_one(tmp_path, monkeypatch, capsys):
+    there = "import repa_scale.kernels, importlib.metadata as m; print(repa_scale.__file__, m.version('repa-scale'))"
+    wanted = [
+        script("environment", there),
+        script("fails", "import sys; print('the reason'); sys.exit(3)"),
+        script("hangs", HANG, seconds=1.0),
+        script("dies", "import os; os.kill(os.getpid(), 9)"),
+        script("talks", "print('x' * 999 + '\\n', end='') or [print('x' * 1000) for _ in range(2000)]"),
+        Piece("public", 5, ("-c", ""), needs_public=True),
+        script("last", "pass"),
+    ]
+    monkeypatch.setattr(gpu, "pieces", lambda public: wanted)
+    monkeypatch.setattr(gpu, "GRACE", 0.5)
+    before = sorted((path, path.stat().st_mtime_ns) for path in (ROOT / "benchmarks").rglob("*"))
+    out = tmp_path / "out"
+    assert gpu.main(["--seconds", "60", "--out", str(out)]) == 1
+    assert sorted((path, path.stat().st_mtime_ns) for path in (ROOT / "benchmarks").rglob("*")) == before
+    states = [(row["piece"], row["state"], row["exit_code"]) for row in summary(out)]
+    assert states == [
+        ("environment", "passed", 0),
+        ("fails", "failed", 3),
+        ("hangs", "timed out", 124),
+        ("dies", "failed", -9),
+        ("talks", "passed", 0),
+        ("public", "not run", None),
+        ("last", "passed", 0),
+    ]
+    status = Path(f"/proc/{(out / 'child').read_text()}/status")  # what a piece started does not outlive it
+    assert not status.exists() or "State:\tZ" in status.read_text()
+    log = (out / "log.txt").read_text()
+    assert str(ROOT) not in re.search(r"== environment.*\n(.*)", log)[1], "the package is the one laid out"
+    assert len(log) < gpu.LOGGED + 20_000 and "the rest of the output was dropped" in log
+    shown = capsys.readouterr().out
+    assert "    the reason" in shown and "failed: fails (failed), hangs (timed out), dies (failed)" in shown
+
+
+def test_the_budget_holds(tmp_path, monkeypatch):
+    wanted = [script("environment", "pass"), *(script(f"long/{i}", "import time; time.sleep(30)") for i in range(4))]
+    monkeypatch.setattr(gpu, "pieces", lambda public: wanted)
+    monkeypatch.setattr(gpu, "RESERVE", 1.0)
+    monkeypatch.setattr(gpu, "LEAST", 1.0)
+    began = time.monotonic()
+    assert gpu.main(["--seconds", "6", "--out", str(tmp_path / "out")]) == 1
+    assert time.monotonic() - began < 6
+    assert [row["state"] for row in summary(tmp_path / "out")] == ["passed", "timed out", *3 * ["not run"]]
+
+
+def test_a_program_that_is_stopped_ends_its_piece_and_cleans_up(tmp_path, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    stop = "import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
+    wanted = [script("environment", "pass"), script("stopped", stop, 50), script("never", "pass")]
+    monkeypatch.setattr(gpu, "pieces", lambda public: wanted)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    began = time.monotonic()
+    try:
+        assert gpu.main(["--seconds", "60", "--out", str(tmp_path / "out")]) == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert time.monotonic() - began < 30
+    assert [row["state"] for row in summary(tmp_path / "out")] == ["passed", "interrupted"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_machine_without_a_gpu_is_one_line(tmp_path):
+    done = subprocess.run(
+        [ROOT / "benchmarks" / "gpu.sh", "--seconds", "60", "--out", tmp_path / "out"],
+        env={**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 64
+    assert "--rehearse needs no GPU" in done.stdout and "Traceback" not in done.stdout + done.stderr
+    assert [row["piece"] for row in summary(tmp_path / "out")] == ["environment"]
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ([], "--out"),
+        (["--out", "OUT", "--seconds", "3"], "--seconds 3 must be at least 15"),
+        (["--out", "OUT", "kernel"], "PIECE kernel is not a piece; did you mean 'kernels'?"),
+        (["--out", "OUT", "--wheels", "none"], "--wheels none is not a folder"),
+        (["--out", "OUT", "--wheels", "."], "holds no wheels"),
+        (["--out", "."], "is not an empty folder"),
+        (["--out", "OUT", "--fast"], "--fast"),
+    ],
+)
+def test_wrong_arguments_are_one_line(tmp_path, monkeypatch, capsys, words, line):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "something").touch()
+    assert gpu.main([str(tmp_path / "out") if word == "OUT" else word for word in words]) == 64
+    error = capsys.readouterr().err
+    assert line in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ([], "DIR and PYTHON_VERSION are needed"),
+        (["out", "three"], "PYTHON_VERSION three must look like 3.12"),
+        (["out", "3.12", "--public", "."], "is not a checkout of the public REPA code (no loss.py)"),
+        (["out", "3.12", "--fast"], "unknown option --fast"),
+    ],
+)
+def test_wrong_arguments_of_the_wheels_are_one_line(tmp_path, words, line):
+    done = subprocess.run([ROOT / "benchmarks" / "gpu_wheels.sh", *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 64 and line in done.stderr and done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_wheels_of_another_python_are_one_line(tmp_path, capsys):
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    (wheels / "hjson-3.1.0-cp27-cp27m-win32.whl").write_bytes(b"PK")
+    assert gpu.main(["--out", str(tmp_path / "out"), "--wheels", str(wheels)]) == 64
+    assert "is not a supported wheel on this platform" in capsys.readouterr().err
+
+
+def test_the_layout_is_that_of_the_wheel():
+    mapped = re.findall(r'^"repa_scale\.(\w+)" = "\1"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert sorted(mapped) == sorted(layout.MAPPED)
+
+
+def test_the_page_lists_the_pieces():
+    listed = re.findall(r"^\| `([\w/-]+)` \|", (ROOT / "docs" / "gpu.md").read_text(), re.MULTILINE)
+    assert listed == [piece.name for piece in pieces.pieces(None)]
+
+
+def test_programs_run_without_what_a_gpu_machine_lacks():
+    assert {"omegaconf", "diffusers", "jsonschema", "scipy", "streaming", "mlflow"} <= bare.absent()
+    done = subprocess.run([sys.executable, ROOT / "tests" / "bare_imports.py"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "helped: benchmarks.train_throughput" in done.stdout
+    assert "test_case[" in done.stdout and "test_a_gpu_draws_what_a_cpu_draws" in done.stdout
+
+
+def test_rows_need_no_git_and_go_where_they_are_wanted(tmp_path, monkeypatch):
+    monkeypatch.setenv("BENCHMARK_OUT", str(tmp_path / "out"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("environment", "kernels", "nvjpeg", "rng"):
+        rows.write_row(name, {"figure": 1})
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "kernels.jsonl", "other.jsonl", "summary.jsonl",
+    ]  # fmt: skip
+    row = json.loads((tmp_path / "out" / "kernels.jsonl").read_text())
+    assert row["commit"] == "none" and row["figure"] == 1
+    monkeypatch.setenv("BENCHMARK_COMMIT", "abc1234")
+    assert json.loads(rows.write_row("rng", {}).read_text().splitlines()[-1])["commit"] == "abc1234"
+
+
+# What comes home.
+
+
+def results_of(folder):
+    """Rows as a GPU machine leaves them."""
+    folder.mkdir()
+    base = {"device": "NVIDIA H100 80GB HBM3", "torch": "2.11.0", "commit": "abc1234", "date": "2026-01-01"}
+    lines = {
+        "summary": [
+            {"benchmark": "environment", **base, "versions": {"torch": "2.11.0"}, "host": {}, "gpu": {"driver": "580"}},
+            {"benchmark": "gpu", "piece": "truth", "state": "passed", "exit_code": 0, "seconds": 50.0},
+        ],
+        "train_throughput": [
+            {
+                "benchmark": "train_throughput", **base, "case": "ours, batch 32", "images_per_second": 301.5,
+                "step_seconds": 0.1, "host_seconds": 0.05, "mfu": 0.3, "peak_memory_bytes": 4e10,
+            },
+            {"benchmark": "train_throughput", **base, "case": "public, batch 64", "error": "out of memory"},
+        ],
+    }  # fmt: skip
+    for name, values in lines.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(value) + "\n" for value in values))
+    (folder / "trace.json.gz").write_bytes(gzip.compress(b"{}"))
+    return folder
+
+
+def test_collecting_files_each_row_once(tmp_path, monkeypatch, capsys):
+    home = tmp_path / "results"
+    home.mkdir()
+    monkeypatch.setattr(rows, "RESULTS", home)
+    came = results_of(tmp_path / "came")
+    for _ in range(2):
+        assert collect.main([str(came)]) == 0
+    shown = capsys.readouterr().out
+    assert "4 new rows of 4" in shown and "0 new rows of 4" in shown
+    assert "| ours, batch 32 | 301.5 | 100.0 | 50.0 | 30.0% | 40.0 |" in shown
+    (piece,) = (json.loads(line) for line in (home / "gpu.jsonl").read_text().splitlines())
+    assert piece["device"] == "NVIDIA H100 80GB HBM3" and piece["commit"] == "abc1234"
+    assert len((home / "train_throughput.jsonl").read_text().splitlines()) == 2
+    assert (home / "trace-NVIDIA_H100_80GB_HBM3.json.gz").is_file()
+
+
+def test_damaged_results_are_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    assert collect.main([str(tmp_path)]) == 64
+    assert "holds no summary.jsonl" in capsys.readouterr().err
+    came = results_of(tmp_path / "came")
+    with (came / "summary.jsonl").open("a") as file:
+        file.write('{"benchm')
+    assert collect.main([str(came)]) == 64
+    assert "summary.jsonl, line 3 is damaged" in capsys.readouterr().err
+
+
+# Truth.
+
+
+def test_the_drawn_set_is_one_that_training_takes(tmp_path):
+    dataset, found = check_set(make_set(tmp_path / "set"), None, lambda *_: None)
+    assert not found.problems and found.decoded == dataset.count == 256
+    assert (
+        make_set(tmp_path / "again")
+        and (tmp_path / "again" / "index.json").read_bytes() == (tmp_path / "set" / "index.json").read_bytes()
+    )
+
+
+def test_a_curve_that_leaves_the_reference_is_found():
+    reference = json.loads(truth.REFERENCE.read_text())["curves"]["fp32"]
+    same = {key: values[:6] for key, values in reference.items()}
+    assert all(check.passed for check in truth.against("same", same, reference, truth.FP32_BOUNDS))
+    for key in truth.CURVES:
+        off = {**same, key: [*same[key][:5], same[key][5] * 1.01]}
+        wrong = [check for check in truth.against("off", off, reference, truth.FP32_BOUNDS) if not check.passed]
+        assert [check.what for check in wrong] == [f"{key} against the CPU's"]
+        gone = {**same, key: [*same[key][:5], "nan"]}
+        assert not all(check.passed for check in truth.against("nan", gone, reference, truth.FP32_BOUNDS))
+    other = {**same, "batch_fingerprint": [*same["batch_fingerprint"][:5], "0"]}
+    assert not truth.against("data", other, reference, truth.FP32_BOUNDS)[0].passed
+
+
+def test_bf16_is_told_from_fp32():
+    """The bounds are of use only if each precision's curve breaks the other's."""
+    curves = json.loads(truth.REFERENCE.read_text())["curves"]
+    checks = truth.against("bf16 for fp32", curves["bf16"], curves["fp32"], truth.FP32_BOUNDS)
+    assert not any(check.passed for check in checks[1:])
+
+
+@pytest.mark.long
+@pytest.mark.timeout(2400)
+def test_a_rehearsal_in_a_bare_environment(tmp_path):
+    """Every piece on the CPU, with the wheels that a machine is brought and nothing else of ours. Needs a network."""
+    python = bare.linked_environment(tmp_path / "environment")
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    wheels = tmp_path / "wheels"
+    subprocess.run(
+        [ROOT / "benchmarks" / "gpu_wheels.sh", wheels, version],
+        env={**os.environ, "PYTHON": sys.executable},
+        check=True,
+    )
+    assert sum(path.stat().st_size for path in wheels.iterdir()) < 8 << 20
+    clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [ROOT / "benchmarks" / "gpu.sh", "--rehearse", "--seconds", "2000", "--out", out, "--wheels", wheels],
+        env={**clean, "PYTHON": str(python)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    states = {row["piece"]: row["state"] for row in summary(out) if row["benchmark"] == "gpu"}
+    public = {piece.name for piece in pieces.pieces(None) if piece.needs_public}
+    assert {name for name, state in states.items() if state != "passed"} == public
+    assert len(list(out.iterdir())) <= 8
+    assert all(path.stat().st_size <= 16 << 20 for path in out.iterdir())
+    assert collect.main([str(out)]) == 0
+    _damage(out / truth.TAR)
+    assert collect.main([str(out)]) == 1
+
+
+def _damage(file: Path) -> None:
+    """Flips a byte of a tensor in the checkpoint of a tar."""
+    with tarfile.open(file) as tar:
+        member = next(member for member in tar if member.name.endswith(".safetensors"))
+    with file.open("r+b") as data:
+        data.seek(member.offset_data + member.size // 2)
+        byte = data.read(1)
+        data.seek(-1, os.SEEK_CUR)
+        data.write(bytes([byte[0] ^ 1]))
