@@ -42,7 +42,7 @@ CURVES = ("loss", "denoising_loss", "alignment_loss", "grad_norm")
 # Largest difference from the CPU's curve, in units of the curve's largest value. Between one thread and two it is 2e-7;
 # bf16 on a CPU is 3e-4 (losses) and 3e-3 (gradient norm) away from fp32.
 FP32_BOUNDS = {"loss": 5e-5, "denoising_loss": 5e-5, "alignment_loss": 5e-5, "grad_norm": 5e-4}
-# A GPU's bf16 rounds elsewhere, and its encoder runs in bf16 too: as far away as a few times what bf16 itself changes.
+# A GPU's bf16 rounds elsewhere: as far away as a few times what bf16 itself changes (the encoder too runs in bf16).
 BF16_FACTOR = 4.0
 LEVELS = 1  # of 255, by which a sample may differ from the CPU's
 

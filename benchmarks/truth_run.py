@@ -26,10 +26,12 @@ def main(argv: list[str] | None = None) -> None:
 
     args = parse(argv)
     config = configuration(args)
-    from repa_scale import train
+    from repa_scale import frozen, train
     from repa_scale.compose import Origin
     from repa_scale.trainer import Trainer
 
+    # As on a GPU, whatever the device: a bf16 encoder moves the alignment loss more than all the rest of bf16.
+    frozen.encoder_dtype = lambda precision, _device: frozen.DTYPES[precision]
     if args.precision == "fp32":
         import torch
 

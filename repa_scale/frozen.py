@@ -37,9 +37,7 @@ class Frozen:
         self, config: Config, terms: dict[str, AlignmentTerm], ranks: Ranks, clock: Clock, cached: Cached | None = None
     ) -> None:
         cached = cached or Cached()
-        # bf16 convolutions are slower than fp32 ones on a CPU; on a GPU the frozen networks follow the run's precision.
-        dtype = DTYPES[config.train.precision] if devices.on_gpu(ranks.device) else torch.float32
-        self.dtype = dtype
+        self.dtype = dtype = encoder_dtype(config.train.precision, ranks.device)
         self.terms = terms
         self.clock = clock
         grid = token_grid(config.data.image_size, config.latents.name, config.model.name)
@@ -86,6 +84,11 @@ class Frozen:
         if source in self.encoders:
             return self.encoders[source](images)
         return features[column_of_tokens(source[0])].to(self.dtype)
+
+
+def encoder_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Of the encoders: on a GPU the run's precision; a CPU is slower in 16 bits than in fp32."""
+    return DTYPES[precision] if devices.on_gpu(device) else torch.float32
 
 
 def _check_vae(cached: Cached, latents: Latents, config: Config) -> None:
