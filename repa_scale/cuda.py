@@ -19,7 +19,6 @@ from pathlib import Path
 
 from repa_scale.errors import MachineError, reason
 
-ON_THE_CPU = "run on the CPU with CUDA_VISIBLE_DEVICES=-1"
 OLDEST = (8, 0)  # compute capability with native bf16; the Triton kernels are compiled for it and above
 DALI_MAJORS = range(11, 20)  # of CUDA: `nvidia-dali-cuda110` and so on
 DALI_EXTRAS = (12, 13)  # majors that pyproject.toml has an extra for: `dali-cuda12`, `dali-cuda13`
@@ -131,7 +130,7 @@ def nccl_problem(facts: Facts) -> str | None:
     if facts.capabilities and facts.nccl is None:
         return (
             f"torch {facts.torch} for CUDA {facts.built} has no NCCL, which joins processes on GPUs; install a build "
-            f"of torch with NCCL, or {ON_THE_CPU}"
+            "of torch with NCCL, or use the device cpu"
         )
     return None
 

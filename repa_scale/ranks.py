@@ -132,7 +132,8 @@ def pick_device(device: str, local_rank: int = 0) -> torch.device:
         facts = cuda.look()
         problem = cuda.device_problem(facts)
         if problem or device == "cuda":
-            raise MachineError(f"device {device}: {problem or cuda.absence(facts)}; or {cuda.ON_THE_CPU}")
+            cpu = "use the device cpu" if device == "cuda" else "hide the GPUs: CUDA_VISIBLE_DEVICES=-1"
+            raise MachineError(f"device {device}: {problem or cuda.absence(facts)}; or {cpu}")
         if facts.built or facts.driver:
             level = logging.INFO if facts.built else logging.WARNING
             log.log(level, "device auto: the CPU, because %s", cuda.absence(facts))

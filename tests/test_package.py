@@ -30,6 +30,7 @@ FORBIDDEN = {
     "sizes": {"torch"},
     "validation": {"torch"},
     "identity": {"torch"},
+    "cuda": {"repa_scale.ranks", "repa_scale.data", "repa_scale.engine", "deepspeed", "nvidia"},
     "rng": {"repa_scale.trainer", "deepspeed"},
     "kernels": {"repa_scale.models", "repa_scale.objective", "deepspeed"},
     "interpolant": {"repa_scale.models", "repa_scale.alignment"},
