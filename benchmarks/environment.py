@@ -55,11 +55,11 @@ def gpu() -> dict:
     Raises:
         UserError: there is none that this torch and its driver can use, or it is too old.
     """
-    from repa_scale.cuda import absence, device_problem, look, run_problem
+    from repa_scale.cuda import absence, device_problem, look, nccl_problem, precision_problem
 
     facts = look()
-    problem = device_problem(facts) or (None if facts.capabilities else absence(facts)) or run_problem(facts, "bf16")
-    if problem:
+    problem = device_problem(facts) or (None if facts.capabilities else absence(facts))
+    if problem := problem or precision_problem(facts, "bf16") or nccl_problem(facts):
         raise UserError(f"{problem}; --rehearse needs no GPU")
     import torch
 

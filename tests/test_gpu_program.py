@@ -10,15 +10,21 @@ import sys
 import tarfile
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import bare
 import pytest
+import torch
 
-from benchmarks import collect, gpu, layout, pieces, rows, truth
+from benchmarks import collect, environment, gpu, layout, pieces, rows, truth
 from benchmarks.pieces import Piece
 from benchmarks.truth_data import make_set
+from repa_scale import cuda
+from repa_scale.cuda import Facts
 from repa_scale.data.check import check_set
+from repa_scale.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 HANG = """
@@ -273,6 +279,24 @@ def test_bf16_is_told_from_fp32():
     curves = json.loads(truth.REFERENCE.read_text())["curves"]
     checks = truth.against("bf16 for fp32", curves["bf16"], curves["fp32"], truth.FP32_BOUNDS)
     assert not any(check.passed for check in checks[1:])
+
+
+def test_the_machine_is_described_or_refused(monkeypatch):
+    """On a GPU that this torch can use, and on three that it can't: the only part that a rehearsal leaves out."""
+    well = Facts("2.11.0", built="13.0", driver="13.0", gpus=1, capabilities=((9, 0),), oldest=(8, 0), nccl="2.28.9")
+    properties = SimpleNamespace(name="H100", major=9, minor=0, total_memory=80 << 30, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(cuda, "look", lambda: well)
+    found = environment.gpu()
+    assert (found["name"], found["capability"], found["nccl"]) == ("H100", "9.0", "2.28.9")
+    for wrong, words in (
+        (replace(well, nccl=None), "has no NCCL"),
+        (replace(well, capabilities=((7, 5),), oldest=(7, 5)), "needs sm_80"),
+        (replace(well, capabilities=(), driver=None), "no NVIDIA driver"),
+    ):
+        monkeypatch.setattr(cuda, "look", lambda wrong=wrong: wrong)
+        with pytest.raises(UserError, match=f"{words}.*--rehearse needs no GPU"):
+            environment.gpu()
 
 
 @pytest.mark.long
