@@ -85,7 +85,7 @@ def test_a_step_stays_on_the_device(case, run):
         assert bool(triton & {"cosine_loss", "projector_loss"}) == (kernel == "triton"), triton
 
 
-def test_the_papers_step_launches_no_more_than_it_did(run):
+def test_the_papers_step_launches_no_more_than_it_did(run, record_property):
     """SiT-XL/2, 32 images of 256 px, DINOv2-B and the VAE in the step: operations by phase, and waits."""
     words = [
         "experiment=repa_sit_xl",
@@ -97,8 +97,9 @@ def test_the_papers_step_launches_no_more_than_it_did(run):
         one.step(one.batch(32))
         found = {phase: sum(one.watched.launches[phase].values()) for phase in LAUNCHES}
         waits = one.watched.notes
-    print(f"operations of a step of SiT-XL/2: {found}")
-    print(f"the host waits: {dict(waits)}")
+    for what, counts in (("operations", found), ("waits", {" ".join(key): count for key, count in waits.items()})):
+        listed = ", ".join(f"{name} {count}" for name, count in counts.items())
+        record_property("summary", f"{what} of a step of SiT-XL/2 on meta: {listed}")
     assert {phase: count for phase, count in found.items() if count > LAUNCHES[phase]} == {}
     assert dict(waits) == WAITS
     check(waits)
