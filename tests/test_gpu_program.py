@@ -10,15 +10,20 @@ import sys
 import tarfile
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import bare
 import pytest
+import torch
 
-from benchmarks import collect, gpu, layout, pieces, rows, truth
+from benchmarks import collect, environment, gpu, layout, pieces, rows, truth
 from benchmarks.pieces import Piece
 from benchmarks.truth_data import make_set
+from repa_scale import cuda
 from repa_scale.data.check import check_set
+from repa_scale.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 HANG = """
@@ -112,6 +117,19 @@ def test_a_machine_without_a_gpu_is_one_line(tmp_path):
     assert done.returncode == 64
     assert "--rehearse needs no GPU" in done.stdout and "Traceback" not in done.stdout + done.stderr
     assert [row["piece"] for row in summary(tmp_path / "out")] == ["environment"]
+
+
+def test_the_facts_of_a_gpu_are_recorded(monkeypatch, capsys):
+    facts = cuda.Facts("2.13.0", "13.0", "13.0", gpus=1, capabilities=((9, 0),), oldest=(8, 0), nccl=None)
+    properties = SimpleNamespace(name="H100", major=9, minor=0, total_memory=80 << 30, multi_processor_count=132)
+    monkeypatch.setattr(cuda, "look", lambda: facts)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    found = environment.gpu()
+    assert found["name"] == "H100" and found["capability"] == "9.0" and found["driver_cuda"] == "13.0"
+    assert "no NCCL" in found["problems"] and "warning" in capsys.readouterr().err
+    monkeypatch.setattr(cuda, "look", lambda: replace(facts, capabilities=((7, 5),)))
+    with pytest.raises(UserError, match="sm_75"):
+        environment.gpu()
 
 
 @pytest.mark.parametrize(
