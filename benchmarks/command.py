@@ -28,7 +28,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, *args: Any, **kwargs: Any) -> argparse.Namespace:
         found = super().parse_args(*args, **kwargs)
-        if found.rehearse:  # before torch looks for a GPU: DeepSpeed would choose it whatever the run's device
+        if getattr(
+            found, "rehearse", False
+        ):  # before torch looks for a GPU: DeepSpeed would choose it whatever the run's device
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         return found
 

@@ -55,12 +55,16 @@ def gpu() -> dict:
     Raises:
         UserError: there is none that this torch and its driver can use, or it is too old.
     """
-    from repa_scale.cuda import absence, device_problem, look, nccl_problem, precision_problem
+    from repa_scale import cuda
 
-    facts = look()
-    problem = device_problem(facts) or (None if facts.capabilities else absence(facts))
-    if problem := problem or precision_problem(facts, "bf16") or nccl_problem(facts):
+    facts = cuda.look()
+    absent = None if facts.capabilities else cuda.absence(facts)
+    if problem := cuda.device_problem(facts) or absent or cuda.precision_problem(facts, "bf16"):
         raise UserError(f"{problem}; --rehearse needs no GPU")
+    # Pieces fail of these, but not all: the others may still run.
+    problems = [p for p in (cuda.nccl_problem(facts), cuda.compiler_problem(*cuda.find_compiler())) if p]
+    for problem in problems:
+        print(f"environment: warning: {problem}", file=sys.stderr)
     import torch
 
     properties = torch.cuda.get_device_properties(0)
@@ -76,6 +80,7 @@ def gpu() -> dict:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "nccl": facts.nccl,
+        "problems": "; ".join(problems) or "none",
     }
 
 

@@ -22,7 +22,6 @@ from benchmarks import collect, environment, gpu, layout, pieces, rows, truth
 from benchmarks.pieces import Piece
 from benchmarks.truth_data import make_set
 from repa_scale import cuda
-from repa_scale.cuda import Facts
 from repa_scale.data.check import check_set
 from repa_scale.errors import UserError
 
@@ -118,6 +117,19 @@ def test_a_machine_without_a_gpu_is_one_line(tmp_path):
     assert done.returncode == 64
     assert "--rehearse needs no GPU" in done.stdout and "Traceback" not in done.stdout + done.stderr
     assert [row["piece"] for row in summary(tmp_path / "out")] == ["environment"]
+
+
+def test_the_facts_of_a_gpu_are_recorded(monkeypatch, capsys):
+    facts = cuda.Facts("2.13.0", "13.0", "13.0", gpus=1, capabilities=((9, 0),), oldest=(8, 0), nccl=None)
+    properties = SimpleNamespace(name="H100", major=9, minor=0, total_memory=80 << 30, multi_processor_count=132)
+    monkeypatch.setattr(cuda, "look", lambda: facts)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    found = environment.gpu()
+    assert found["name"] == "H100" and found["capability"] == "9.0" and found["driver_cuda"] == "13.0"
+    assert "no NCCL" in found["problems"] and "warning" in capsys.readouterr().err
+    monkeypatch.setattr(cuda, "look", lambda: replace(facts, capabilities=((7, 5),)))
+    with pytest.raises(UserError, match="sm_75"):
+        environment.gpu()
 
 
 @pytest.mark.parametrize(
@@ -279,24 +291,6 @@ def test_bf16_is_told_from_fp32():
     curves = json.loads(truth.REFERENCE.read_text())["curves"]
     checks = truth.against("bf16 for fp32", curves["bf16"], curves["fp32"], truth.FP32_BOUNDS)
     assert not any(check.passed for check in checks[1:])
-
-
-def test_the_machine_is_described_or_refused(monkeypatch):
-    """On a GPU that this torch can use, and on three that it can't: the only part that a rehearsal leaves out."""
-    well = Facts("2.11.0", built="13.0", driver="13.0", gpus=1, capabilities=((9, 0),), oldest=(8, 0), nccl="2.28.9")
-    properties = SimpleNamespace(name="H100", major=9, minor=0, total_memory=80 << 30, multi_processor_count=132)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(cuda, "look", lambda: well)
-    found = environment.gpu()
-    assert (found["name"], found["capability"], found["nccl"]) == ("H100", "9.0", "2.28.9")
-    for wrong, words in (
-        (replace(well, nccl=None), "has no NCCL"),
-        (replace(well, capabilities=((7, 5),), oldest=(7, 5)), "needs sm_80"),
-        (replace(well, capabilities=(), driver=None), "no NVIDIA driver"),
-    ):
-        monkeypatch.setattr(cuda, "look", lambda wrong=wrong: wrong)
-        with pytest.raises(UserError, match=f"{words}.*--rehearse needs no GPU"):
-            environment.gpu()
 
 
 @pytest.mark.long
