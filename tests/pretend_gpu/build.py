@@ -19,7 +19,7 @@ FLAGS = (
     "-fvisibility=hidden",
     f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
 )
-OLDEST = (2, 12)  # of torch: the interfaces that the sources implement
+OLDEST = (2, 13)  # of torch: the fake process group of 2.11 leaves reduced gradients unset
 
 
 def obstacle() -> str:
@@ -27,7 +27,8 @@ def obstacle() -> str:
     if torch.version.cuda is not None or torch.version.hip is not None:
         return f"torch {torch.__version__} brings a GPU backend of its own, whose place the pretend device would take"
     if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST:
-        return f"torch {torch.__version__} is older than the interfaces of the pretend device (2.12)"
+        wanted = ".".join(map(str, OLDEST))
+        return f"torch {torch.__version__} is older than {wanted}, and its fake process group reduces nothing"
     if compiler() is None:
         return "no C++ compiler (g++ or CXX) to build the pretend device with"
     return ""

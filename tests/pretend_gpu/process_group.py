@@ -1,6 +1,6 @@
-"""A process group of one rank in NCCL's place: torch's fake group copies inputs to outputs, which with one rank is right.
+"""A process group of one rank in NCCL's place: torch's fake group, which copies inputs to outputs, as one rank would.
 
-Collectives of objects go through tensors whose contents the fake group leaves alone, so they are answered here.
+Collectives of objects are answered here: torch would send them as tensors that the fake group leaves as they are.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ def install() -> None:
 
 
 def write(path: Path) -> None:
-    """{"programs": names of those that were started, "backend": of the process group}."""
+    """{"programs": names of those that were started}."""
     path.write_text(json.dumps({"programs": sorted(set(_programs))}))
 
 

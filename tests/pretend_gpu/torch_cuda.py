@@ -91,7 +91,9 @@ def _stream(stream: Stream | None):
         yield
 
 
-def _nothing(*_: object, **__: object) -> None: ...
+def _nothing():
+    """A function of its own each time: the compiler keeps rules by function."""
+    return lambda *_, **__: None
 
 
 def install() -> None:
@@ -112,43 +114,43 @@ def install() -> None:
     replaced = {
         # there is a device
         "_is_compiled": lambda: True,
-        "_lazy_init": _nothing,
+        "_lazy_init": _nothing(),
         "is_initialized": lambda: True,
         "is_available": lambda: True,
         "is_bf16_supported": lambda *_, **__: True,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
-        "set_device": _nothing,
+        "set_device": _nothing(),
         "device": nullcontext,
-        "device_of": nullcontext,
+        "device_of": lambda tensor: nullcontext(),
         "get_device_name": lambda device=None: NAME,
         "get_device_capability": lambda device=None: CAPABILITY,
         "get_device_properties": lambda device=None: properties,
         # its memory
-        "empty_cache": _nothing,
+        "empty_cache": _nothing(),
         "memory_allocated": lambda device=None: GIBIBYTE,
         "max_memory_allocated": lambda device=None: GIBIBYTE,
         "memory_stats": lambda device=None: OrderedDict(num_alloc_retries=0),
         "mem_get_info": lambda device=None: (70 * GIBIBYTE, 80 * GIBIBYTE),
-        "reset_peak_memory_stats": _nothing,
+        "reset_peak_memory_stats": _nothing(),
         # its order of work
         "Stream": Stream,
         "Event": Event,
         "stream": _stream,
         "current_stream": lambda device=None: _stack()[-1],
         "default_stream": lambda device=None: DEFAULT,
-        "synchronize": _nothing,
+        "synchronize": _nothing(),
         "is_current_stream_capturing": lambda: False,
         # its random numbers, which are the CPU's
-        "manual_seed": _nothing,
-        "manual_seed_all": _nothing,
+        "manual_seed": _nothing(),
+        "manual_seed_all": _nothing(),
         "get_rng_state": lambda device=None: torch.zeros(16, dtype=torch.uint8),
-        "set_rng_state": _nothing,
+        "set_rng_state": _nothing(),
     }
     for name, value in replaced.items():
         setattr(cuda, name, value)
-    cuda.nvtx.range_push = cuda.nvtx.range_pop = _nothing
+    cuda.nvtx.range_push, cuda.nvtx.range_pop = _nothing(), _nothing()
     torch._C._cuda_getDevice = lambda: 0
     torch._C._cuda_getCurrentRawStream = lambda device: 0
-    torch.Tensor.record_stream = _nothing
+    torch.Tensor.record_stream = _nothing()
     torch.version.cuda = "13.0"
