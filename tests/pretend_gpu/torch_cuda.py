@@ -98,10 +98,6 @@ def _nothing():
 
 def install() -> None:
     """Replaces what `torch.cuda` would ask CUDA for."""
-    # The compiler looks for CUDA when it is imported, and would then ask its driver for more than is here.
-    import torch._dynamo
-    import torch._inductor.utils
-
     cuda = torch.cuda
     properties = SimpleNamespace(
         name=NAME,
