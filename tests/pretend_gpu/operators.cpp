@@ -7,7 +7,9 @@
 #include <ATen/native/Resize.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <array>
+#include <cstring>
 #include <string>
 #include <string_view>
 
@@ -158,7 +160,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
   library.impl("_reshape_alias", &at::native::_reshape_alias);
   library.impl("unfold", &at::native::unfold);
   library.impl("record_stream", [](Tensor&, at::Stream) {});
-  // These have a form for any device, which would ask for cuDNN or take other sums than the CPU's.
+  // Their composite forms would take precedence over the fallback, and choose cuDNN or another formula than the CPU's.
   for (auto name : {"convolution", "convolution_backward", "native_batch_norm", "native_layer_norm",
                     "native_layer_norm_backward"})
     library.impl(name, torch::CppFunction::makeFromBoxedFunction<&run_on_host>());
