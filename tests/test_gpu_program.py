@@ -132,6 +132,22 @@ def test_the_facts_of_a_gpu_are_recorded(monkeypatch, capsys):
         environment.gpu()
 
 
+def test_an_interpreter_without_torch_is_one_line(tmp_path):
+    bare_python = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", bare_python], check=True)
+    done = subprocess.run(
+        [ROOT / "benchmarks" / "gpu.sh", "--out", tmp_path / "out"],
+        env={**os.environ, "PYTHON": str(bare_python / "bin" / "python")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 64
+    assert "torch does not import" in done.stdout and "set PYTHON" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+    assert [row["state"] for row in summary(tmp_path / "out")] == ["failed"]
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
