@@ -152,7 +152,9 @@ def test_an_interpreter_without_torch_is_one_line(tmp_path):
     ("words", "line"),
     [
         ([], "--out"),
-        (["--out", "OUT", "--seconds", "3"], "--seconds 3 must be at least 15"),
+        (["--out", "OUT", "--seconds", "3"], "--seconds 3 must be a number of at least 15"),
+        (["--out", "OUT", "--seconds", "nan"], "--seconds nan must be a number of at least 15"),
+        (["--out", "/proc/results"], "--out /proc/results cannot be written"),
         (["--out", "OUT", "kernel"], "PIECE kernel is not a piece; did you mean 'kernels'?"),
         (["--out", "OUT", "--wheels", "none"], "--wheels none is not a folder"),
         (["--out", "OUT", "--wheels", "."], "holds no wheels"),
@@ -286,6 +288,12 @@ def test_the_drawn_set_is_one_that_training_takes(tmp_path):
         make_set(tmp_path / "again")
         and (tmp_path / "again" / "index.json").read_bytes() == (tmp_path / "set" / "index.json").read_bytes()
     )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_truth_of_a_gpu_is_not_measured_on_a_cpu(capsys):
+    assert truth.main(["--device", "cuda"]) == 64
+    assert "device cuda: " in capsys.readouterr().err
 
 
 def test_a_curve_that_leaves_the_reference_is_found():
