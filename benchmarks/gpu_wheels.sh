@@ -4,7 +4,7 @@
 #
 #   benchmarks/gpu_wheels.sh DIR PYTHON_VERSION [--public CHECKOUT] [NAME[==VERSION] ...]
 #
-# PYTHON_VERSION is the GPU machine's, such as 3.12. --public copies the files of a checkout of the public REPA code
+# PYTHON_VERSION is the GPU machine's, 3.10 to 3.13. --public copies the files of a checkout of the public REPA code
 # that the comparison needs. A NAME is one more wheel, or another version of one of ours. MACHINE=aarch64 is for ARM.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -14,11 +14,17 @@ usage() {
 }
 pip() { "${PYTHON:-python3}" -m pip --disable-pip-version-check "$@" --quiet; }
 
+case ${1-} in
+-h | --help)
+    sed -n '/^# /s/^# //p; /^set /q' "${BASH_SOURCE[0]}"
+    exit
+    ;;
+esac
 [ $# -ge 2 ] || usage "DIR and PYTHON_VERSION are needed"
 out=$1 version=$2
 shift 2
 [[ $out != -* ]] || usage "DIR $out looks like an option"
-[[ $version =~ ^3\.[0-9]+$ ]] || usage "PYTHON_VERSION $version must look like 3.12"
+[[ $version =~ ^3\.1[0-3]$ ]] || usage "PYTHON_VERSION $version must be one of 3.10 to 3.13"
 deepspeed=$(grep '^deepspeed==' "$root/constraints.txt")
 # What DeepSpeed imports when it starts, beyond torch, numpy, packaging and tqdm, which come with torch and timm.
 needs=(einops hjson msgpack psutil pydantic) extra=() public=""

@@ -174,7 +174,8 @@ def test_wrong_arguments_are_one_line(tmp_path, monkeypatch, capsys, words, line
     ("words", "line"),
     [
         ([], "DIR and PYTHON_VERSION are needed"),
-        (["out", "three"], "PYTHON_VERSION three must look like 3.12"),
+        (["out", "three"], "PYTHON_VERSION three must be one of 3.10 to 3.13"),
+        (["out", "3.7"], "PYTHON_VERSION 3.7 must be one of 3.10 to 3.13"),
         (["out", "3.12", "--public", "."], "is not a checkout of the public REPA code (no loss.py)"),
         (["out", "3.12", "--fast"], "unknown option --fast"),
     ],
@@ -183,6 +184,11 @@ def test_wrong_arguments_of_the_wheels_are_one_line(tmp_path, words, line):
     done = subprocess.run([ROOT / "benchmarks" / "gpu_wheels.sh", *words], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 64 and line in done.stderr and done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_the_wheels_explain_themselves():
+    done = subprocess.run([ROOT / "benchmarks" / "gpu_wheels.sh", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "  benchmarks/gpu_wheels.sh DIR PYTHON_VERSION" in done.stdout
 
 
 def test_wheels_of_another_python_are_one_line(tmp_path, capsys):
