@@ -148,7 +148,7 @@ def test_stored_features_stay_on_the_device(run):
         check(one.watched.notes)
 
 
-# That the tests above can fail: with either mend taken out, a step does not come through.
+# That the tests above can fail: with either fix taken out, no step comes through.
 
 
 def test_a_buffer_on_the_host_is_an_error(run, monkeypatch):
