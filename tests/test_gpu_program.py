@@ -137,6 +137,8 @@ def test_the_facts_of_a_gpu_are_recorded(monkeypatch, capsys):
     [
         ([], "--out"),
         (["--out", "OUT", "--seconds", "3"], "--seconds 3 must be at least 15"),
+        (["--out", "OUT", "--seconds", "nan"], "--seconds nan must be at least 15"),
+        (["--out", "something/out"], "something/out cannot be written (Not a directory)"),
         (["--out", "OUT", "kernel"], "PIECE kernel is not a piece; did you mean 'kernels'?"),
         (["--out", "OUT", "--wheels", "none"], "--wheels none is not a folder"),
         (["--out", "OUT", "--wheels", "."], "holds no wheels"),
