@@ -17,6 +17,7 @@ from meta_run import meta_run
 from repa_scale import engine, state, trainer
 from repa_scale.deepspeed_config import packaged_file
 from repa_scale.draws import draw
+from repa_scale.models.sit import SiT
 
 REPA = ["experiment=demo_repa", "model.name=SiT-Nano/2", "alignment.repa.depth=1", "alignment.repa.weights=random"]
 BASELINE = ["experiment=demo_baseline", "model.name=SiT-Nano/2"]
@@ -153,6 +154,20 @@ def test_stored_features_stay_on_the_device(run):
 
 def test_a_buffer_on_the_host_is_an_error(run, monkeypatch):
     monkeypatch.setattr(engine, "place", lambda *_: None)
+    with run(REPA) as one, pytest.raises(RuntimeError, match="device"):
+        one.step(one.batch(8))
+
+
+def test_a_constant_that_zero_init_leaves_on_the_host_is_an_error(run, monkeypatch):
+    """It sends what eight constructors of torch make to the device, and nothing else; `place` moves buffers alone."""
+    build, forward = SiT.__init__, SiT.forward
+
+    def built(self, *args, **kwargs):
+        build(self, *args, **kwargs)
+        self.gain = torch.linspace(1, 2, 1)
+
+    monkeypatch.setattr(SiT, "__init__", built)
+    monkeypatch.setattr(SiT, "forward", lambda self, x, *rest: forward(self, x * self.gain, *rest))
     with run(REPA) as one, pytest.raises(RuntimeError, match="device"):
         one.step(one.batch(8))
 
