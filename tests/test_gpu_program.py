@@ -281,6 +281,12 @@ def test_damaged_results_are_one_line(tmp_path, monkeypatch, capsys):
         file.write('{"benchm')
     assert collect.main([str(came)]) == 64
     assert "summary.jsonl, line 3 is damaged" in capsys.readouterr().err
+    for number, foreign in enumerate((b'{"benchmark": "truth", "case": "x"}', b'{"benchmark": ["x"]}', b"\xff")):
+        came = results_of(tmp_path / f"foreign {number}")
+        (came / "other.jsonl").write_bytes(foreign + b"\n")
+        assert collect.main([str(came)]) == 64
+        error = capsys.readouterr().err
+        assert ("does not understand" in error or "is damaged" in error) and error.count("\n") == 1
 
 
 # Truth.
