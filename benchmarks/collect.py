@@ -56,7 +56,7 @@ def collect(folder: Path) -> int:
         print(f"### {title} ({device})\n\n" + "\n".join(lines) + "\n")
     report(folder, rows, device)
     if rehearsal:
-        print("rows of a rehearsal are no results: nothing was filed")
+        print("This is a rehearsal: no rows were filed.")
     else:
         added = file_rows(rows, device)
         print(f"{added} new rows of {len(rows)} in {results.RESULTS}")
@@ -137,7 +137,15 @@ def tables(rows: list[Row]) -> Iterable[tuple[str, list[str]]]:
         "Pieces",
         table(
             ("piece", "", "exit code", "seconds"),
-            [(row["piece"], row["state"], row["exit_code"], row["seconds"]) for row in of.get("gpu", ())],
+            [
+                (
+                    row["piece"],
+                    ": ".join(filter(None, (row["state"], row.get("reason")))),
+                    row["exit_code"],
+                    row["seconds"],
+                )
+                for row in of.get("gpu", ())
+            ],
         ),
     )
     if truth := of.get("truth"):

@@ -35,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rehearse", action="store_true", help="a CPU will do")
     args = parser.parse_args(argv)
     try:
+        check_torch()
         found = {"versions": versions(), "host": host(), "gpu": None if args.rehearse else gpu()}
         check_deepspeed()
     except UserError as error:
@@ -112,6 +113,16 @@ def host() -> dict:
         # Triton compiles its launchers with it, Inductor its code for the CPU.
         "c_compiler": os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang"),
     }
+
+
+def check_torch() -> None:
+    """Raises `UserError` where torch, which every piece needs, does not import."""
+    try:
+        importlib.import_module("torch")
+    except (ImportError, OSError) as error:  # OSError: a library of CUDA is missing
+        raise UserError(
+            f"torch does not import in {sys.executable} ({reason(error)}); set PYTHON to an interpreter that has it"
+        ) from None
 
 
 def check_deepspeed() -> None:

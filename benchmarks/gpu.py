@@ -50,7 +50,7 @@ class Ended:
 
     def __str__(self) -> str:
         code = "" if self.code is None else f"exit code {self.code:3d} {self.seconds:7.1f} s"
-        return f"{self.name:32s} {self.state:10s} {code}{self.reason}"
+        return f"{self.name:36s} {self.state:10s} {code}{self.reason}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -91,7 +91,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("pieces", nargs="*", metavar="PIECE", help="only these: " + ", ".join(groups()))
     args = parser.parse_args(argv)
     if not RESERVE + LEAST <= args.seconds < math.inf:  # false for nan
-        raise ConfigError(f"--seconds {args.seconds:g} must be at least {RESERVE + LEAST:g}, and finite")
+        raise ConfigError(f"--seconds {args.seconds:g} must be a number of at least {RESERVE + LEAST:g}")
     names = {name for piece in pieces(None) for name in (piece.name, piece.group)}
     for name in args.pieces:
         if name not in names:
@@ -120,7 +120,11 @@ def groups() -> list[str]:
 def run(args: argparse.Namespace, deadline: float) -> int:
     """All pieces that were asked for, until `deadline` on the monotonic clock. Returns the exit code."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the piece, and removes what lies in /tmp
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "log.txt").touch()
+    except OSError as error:
+        raise ConfigError(f"--out {args.out} cannot be written ({error.strerror}); choose another folder") from None
     asked = [p for p in pieces(args.public) if not args.pieces or {p.name, p.group} & {*args.pieces, ENVIRONMENT}]
     ended: list[Ended] = []
     with (

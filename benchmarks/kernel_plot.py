@@ -23,7 +23,7 @@ COLUMNS = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, rehearsal=False)
     parser.prog = "kernel_plot"
     parser.add_argument("file", nargs="?", type=Path, help="default: kernels.jsonl of benchmarks/results")
     args = parser.parse_args(argv)

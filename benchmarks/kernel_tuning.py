@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 from repa_scale.kernels import table, unavailable
 
-from benchmarks.command import Parser, put_row
+from benchmarks.command import Parser, positive, put_row
 from benchmarks.kernel_subjects import subject
 from benchmarks.kernel_timing import copy_bandwidth, timed
 from benchmarks.rows import device_name
@@ -34,7 +34,7 @@ KEPT = 0.03  # a row of the table is not changed for less
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
     parser.add_argument("--only", nargs="+", default=list(SUBJECTS), choices=list(SUBJECTS))
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=positive, default=10)
     args = parser.parse_args(argv)
     # A rehearsal measures two tiles of one kernel in Triton's interpreter.
     device = torch.device("cpu" if args.rehearse else "cuda")

@@ -12,7 +12,6 @@ python -m benchmarks.nvjpeg --rehearse         the same program on the CPU, in s
 
 from __future__ import annotations
 
-import argparse
 import io
 import os
 import statistics
@@ -28,7 +27,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.rows import write_row
+from benchmarks.command import Parser, positive, put_row
 from repa_scale import torchvision_fix
 from repa_scale.data.dali import DaliDecoder, left_to_dali, why_not_dali
 from repa_scale.data.decode import decode
@@ -201,12 +200,15 @@ def versions() -> dict[str, str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rehearse", action="store_true", help="on the CPU, with few pictures")
+    parser = Parser(__doc__)
+    parser.prog = "nvjpeg"
     parser.add_argument("--folder", type=Path, help="a folder of JPEG files to compare as well")
-    parser.add_argument("--pictures", type=int, help="per kind (default: 16; rehearsal: 2)")
+    parser.add_argument("--pictures", type=positive, help="per kind (default: 16; rehearsal: 2)")
     parser.add_argument("--seconds", type=float, help="per measurement of speed (default: 2; rehearsal: 0.05)")
     args = parser.parse_args(argv)
+    files = files_of(args.folder, 100 * (args.pictures or 16)) if args.folder else []
+    if args.folder and not files:
+        parser.error(f"--folder {args.folder} holds no JPEG files")
     if not args.rehearse and not torch.cuda.is_available():
         print("nvjpeg: torch sees no GPU; rehearse on the CPU with --rehearse", file=sys.stderr)
         return 64
@@ -219,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
         return 64
     pictures = {kind: [encoded(n, *how) for n in range(count)] for kind, how in KINDS.items()}
     if args.folder:
-        pictures[f"files of {args.folder.name}"] = files_of(args.folder, 100 * count)
+        pictures[f"files of {args.folder.name}"] = files[: 100 * count]
     differences = {
         kind: {way: difference(decoder, files) for way, decoder in ways.items()} for kind, files in pictures.items()
     }
@@ -232,14 +234,13 @@ def main(argv: list[str] | None = None) -> int:
         }
     show(differences, rates)
     row = {
-        "rehearsal": args.rehearse,
         "decoded_on": device.type,
         "cores": len(os.sched_getaffinity(0)),
         "versions": versions(),
         "differences": differences,
         "images_per_second": rates,
     }
-    write_row("nvjpeg", row)
+    put_row("nvjpeg", row, args.rehearse)
     return 0
 
 

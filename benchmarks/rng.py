@@ -6,11 +6,12 @@ python -m benchmarks.rng
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 
 import torch
 
-from benchmarks.command import Parser, put_row
+from benchmarks.command import Parser, answered, positive, put_row
 from benchmarks.step_overhead import BATCH, TINY, Precomputed, bare_loop, config_of, synchronize
 from repa_scale.draws import draw
 from repa_scale.ranks import Ranks
@@ -18,9 +19,9 @@ from repa_scale.ranks import Ranks
 GOAL = 0.01
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
     args = parser.parse_args(argv)
     rounds, model = (1, TINY) if args.rehearse else (args.rounds, "SiT-S/2")
@@ -53,7 +54,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     put_row("rng", {"seconds": medians, "share": share, "goal": GOAL, "batch": BATCH, "model": model}, args.rehearse)
     ranks.leave()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(answered(main))

@@ -9,6 +9,7 @@ that computing is nothing. The loops take turns, round by round, in one process;
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.command import Parser, put_row
+from benchmarks.command import Parser, answered, positive, put_row
 from repa_scale import sizes
 from repa_scale.clock import Clock
 from repa_scale.config import Config
@@ -35,9 +36,9 @@ BATCH, Z = 8, 768
 TINY = "SiT-Tiny/8"  # of a rehearsal
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
     args = parser.parse_args(argv)
     rounds, small = (1, TINY) if args.rehearse else (args.rounds, "SiT-S/2")
@@ -70,6 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     row |= {"goals": {"plain": PLAIN_GOAL, "zero3": ZERO3_GOAL}, "threads": torch.get_num_threads()}
     put_row("step_overhead", row, args.rehearse)
     ranks.leave()
+    return 0
 
 
 def config_of(model: str, precision: str) -> Config:
@@ -268,4 +270,4 @@ def zero3_loop(config: Config, batch: Precomputed, ranks: Ranks):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(answered(main))

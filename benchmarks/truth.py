@@ -10,6 +10,7 @@ The runs are independent processes and go side by side.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -26,12 +27,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.command import Parser, put_row
+from benchmarks.command import Parser, answered, put_row
 from benchmarks.rows import results_folder
 from benchmarks.truth_data import make_encoder, make_set
 from benchmarks.truth_run import ENCODER, GRID
 from repa_scale.checkpoint import KINDS, CheckpointReader, step_folder
 from repa_scale.errors import DataError, ExitCode
+from repa_scale.ranks import pick_device
 from repa_scale.run_folder import read_metrics
 
 REFERENCE = Path(__file__).with_name("truth_reference.json")
@@ -79,6 +81,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
     parser.add_argument("--write-reference", action="store_true", help="record the losses of a CPU")
     args = parser.parse_args(argv)
+    return answered(lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_set(folder / "set")
@@ -86,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.write_reference:
             return write_reference(folder)
         steps, stop = (REHEARSED_STEPS, REHEARSED_STOP) if args.rehearse else (STEPS, STOP)
-        device = "cpu" if args.rehearse or not torch.cuda.is_available() else args.device
+        device = pick_device("cpu" if args.rehearse else args.device).type
         checks = measure(folder, device, steps, stop)
     for check in checks:
         print(check)

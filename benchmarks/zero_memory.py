@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.command import Parser, put_row
+from benchmarks.command import Parser, positive, put_row
 
 GOAL = 0.05  # relative
 SETTINGS = {  # name -> precision, dtype in which gradients are kept, theory without the EMA
@@ -39,7 +39,7 @@ EMA_BYTES = 4
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     parser.add_argument("--model", default="SiT-B/8", help="default: SiT-B/8, 136 M parameters and few tokens")
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--processes", type=positive, nargs="+", default=[1, 2, 4])
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker:

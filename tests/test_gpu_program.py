@@ -132,13 +132,29 @@ def test_the_facts_of_a_gpu_are_recorded(monkeypatch, capsys):
         environment.gpu()
 
 
+def test_an_interpreter_without_torch_is_one_line(tmp_path):
+    bare_python = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", bare_python], check=True)
+    done = subprocess.run(
+        [ROOT / "benchmarks" / "gpu.sh", "--out", tmp_path / "out"],
+        env={**os.environ, "PYTHON": str(bare_python / "bin" / "python")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 64
+    assert "torch does not import" in done.stdout and "set PYTHON" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+    assert [row["state"] for row in summary(tmp_path / "out")] == ["failed"]
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
         ([], "--out"),
-        (["--out", "OUT", "--seconds", "3"], "--seconds 3 must be at least 15"),
-        (["--out", "OUT", "--seconds", "nan"], "--seconds nan must be at least 15"),
-        (["--out", "something/out"], "something/out cannot be written (Not a directory)"),
+        (["--out", "OUT", "--seconds", "3"], "--seconds 3 must be a number of at least 15"),
+        (["--out", "OUT", "--seconds", "nan"], "--seconds nan must be a number of at least 15"),
+        (["--out", "something/out"], "something/out cannot be written"),
         (["--out", "OUT", "kernel"], "PIECE kernel is not a piece; did you mean 'kernels'?"),
         (["--out", "OUT", "--wheels", "none"], "--wheels none is not a folder"),
         (["--out", "OUT", "--wheels", "."], "holds no wheels"),
@@ -241,6 +257,10 @@ def results_of(folder):
         "summary": [
             {"benchmark": "environment", **base, "versions": {"torch": "2.11.0"}, "host": {}, "gpu": {"driver": "580"}},
             {"benchmark": "gpu", "piece": "truth", "state": "passed", "exit_code": 0, "seconds": 50.0},
+            {
+                "benchmark": "gpu", "piece": "tuning", "state": "not run", "exit_code": None, "seconds": 0.0,
+                "reason": "no time left",
+            },
         ],
         "train_throughput": [
             {
@@ -264,9 +284,10 @@ def test_collecting_files_each_row_once(tmp_path, monkeypatch, capsys):
     for _ in range(2):
         assert collect.main([str(came)]) == 0
     shown = capsys.readouterr().out
-    assert "4 new rows of 4" in shown and "0 new rows of 4" in shown
+    assert "5 new rows of 5" in shown and "0 new rows of 5" in shown
+    assert "| tuning | not run: no time left |" in shown
     assert "| ours, batch 32 | 301.5 | 100.0 | 50.0 | 30.0% | 40.0 |" in shown
-    (piece,) = (json.loads(line) for line in (home / "gpu.jsonl").read_text().splitlines())
+    piece, _ = (json.loads(line) for line in (home / "gpu.jsonl").read_text().splitlines())
     assert piece["device"] == "NVIDIA H100 80GB HBM3" and piece["commit"] == "abc1234"
     assert len((home / "train_throughput.jsonl").read_text().splitlines()) == 2
     assert (home / "trace-NVIDIA_H100_80GB_HBM3.json.gz").is_file()
@@ -280,7 +301,7 @@ def test_damaged_results_are_one_line(tmp_path, monkeypatch, capsys):
     with (came / "summary.jsonl").open("a") as file:
         file.write('{"benchm')
     assert collect.main([str(came)]) == 64
-    assert "summary.jsonl, line 3 is damaged" in capsys.readouterr().err
+    assert "summary.jsonl, line 4 is damaged" in capsys.readouterr().err
     for number, foreign in enumerate((b'{"benchmark": "truth", "case": "x"}', b'{"benchmark": ["x"]}', b"\xff")):
         came = results_of(tmp_path / f"foreign {number}")
         (came / "other.jsonl").write_bytes(foreign + b"\n")
@@ -299,6 +320,26 @@ def test_the_drawn_set_is_one_that_training_takes(tmp_path):
         make_set(tmp_path / "again")
         and (tmp_path / "again" / "index.json").read_bytes() == (tmp_path / "set" / "index.json").read_bytes()
     )
+
+
+def test_no_gpu_test_is_skipped_in_the_program(request, monkeypatch):
+    plugin = request.config.pluginmanager.get_plugin(str(ROOT / "tests" / "conftest.py"))
+    monkeypatch.setattr(plugin, "REHEARSAL", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    marks = []
+    item = SimpleNamespace(get_closest_marker=lambda name: name == "gpu", add_marker=marks.append)
+    monkeypatch.delenv("BENCHMARK_OUT", raising=False)
+    plugin.pytest_collection_modifyitems([item])
+    assert len(marks) == 1
+    monkeypatch.setenv("BENCHMARK_OUT", "results")
+    plugin.pytest_collection_modifyitems([item])
+    assert len(marks) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_truth_of_a_gpu_is_not_measured_on_a_cpu(capsys):
+    assert truth.main(["--device", "cuda"]) == 64
+    assert "device cuda: " in capsys.readouterr().err
 
 
 def test_a_curve_that_leaves_the_reference_is_found():

@@ -1,6 +1,7 @@
 """The programs that measure training speed: host time, gaps, compilation, refusals. Their figures need a GPU."""
 
 import gzip
+import importlib
 import json
 import os
 import statistics
@@ -280,3 +281,21 @@ def test_rehearsals_run_through(words, file, keys, tmp_path):
         assert not row["not_annotated"]
     if "--compile" in rest:
         assert row["graphs"] == 1 and row["recompiled"] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("rng --rounds 0", "0 must be a whole number of at least 1"),
+        ("step_overhead --rounds 0", "0 must be a whole number of at least 1"),
+        ("zero_memory --processes 0", "0 must be a whole number of at least 1"),
+        ("kernel_tuning --rounds 0", "0 must be a whole number of at least 1"),
+        ("kernel_plot --rehearse", "unrecognized arguments: --rehearse"),
+    ],
+)
+def test_wrong_arguments_of_a_benchmark_are_one_line(words, line, capsys):
+    name, *rest = words.split()
+    with pytest.raises(SystemExit, match="64"):
+        importlib.import_module(f"benchmarks.{name}").main(rest)
+    error = capsys.readouterr().err
+    assert line in error and error.count("\n") == 1
