@@ -29,7 +29,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.prog = "collect"
     parser.add_argument("folder", type=Path, metavar="DIR", help="what benchmarks/gpu.sh left in --out")
     args = parser.parse_args(argv)
-    return answered(lambda: collect(args.folder))
+    return answered(lambda: _of_this_version(args.folder))
+
+
+def _of_this_version(folder: Path) -> int:
+    try:
+        return collect(folder)
+    except (KeyError, TypeError, AttributeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise DataError(
+            f"{folder} holds rows that this version does not understand ({what}); collect them with the code that "
+            "wrote them"
+        ) from None
 
 
 def collect(folder: Path) -> int:
@@ -61,7 +72,7 @@ def read(folder: Path) -> list[Row]:
         raise DataError(f"{folder} holds no summary.jsonl; name the folder that benchmarks/gpu.sh wrote (--out)")
     rows = []
     for file in sorted(folder.glob("*.jsonl")):
-        for number, line in enumerate(file.read_text().splitlines(), 1):
+        for number, line in enumerate(file.read_text(errors="replace").splitlines(), 1):
             try:
                 row = json.loads(line)
                 row["benchmark"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import subprocess
@@ -60,6 +61,12 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"gpu: error: {error}", file=sys.stderr)
         return ExitCode.BAD_INPUT
+    except OSError as error:  # of the results' folder or the temporary one; what pieces do stays in them
+        where = f" {error.filename}" if error.filename else ""
+        print(
+            f"gpu: error:{where} cannot be written ({error.strerror}); give another --out, or TMPDIR", file=sys.stderr
+        )
+        return ExitCode.BAD_INPUT
     except KeyboardInterrupt:
         return INTERRUPTED
 
@@ -83,7 +90,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rehearse", action="store_true", help="every piece on the CPU, with tiny sizes")
     parser.add_argument("pieces", nargs="*", metavar="PIECE", help="only these: " + ", ".join(groups()))
     args = parser.parse_args(argv)
-    if not RESERVE + LEAST <= args.seconds < float("inf"):
+    if not RESERVE + LEAST <= args.seconds < math.inf:  # false for nan
         raise ConfigError(f"--seconds {args.seconds:g} must be a number of at least {RESERVE + LEAST:g}")
     names = {name for piece in pieces(None) for name in (piece.name, piece.group)}
     for name in args.pieces:
@@ -209,7 +216,8 @@ def _copy(source: BinaryIO, log: BinaryIO) -> None:
     with suppress(ValueError):  # the log was closed
         for line in source:
             if written <= LOGGED:
-                log.write(line if written + len(line) <= LOGGED else b"== the rest of the output was dropped\n")
+                with suppress(OSError):  # the disk is full: the piece must not wait for a reader
+                    log.write(line if written + len(line) <= LOGGED else b"== the rest of the output was dropped\n")
             written += len(line)
 
 

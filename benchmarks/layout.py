@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,9 @@ from benchmarks.pieces import ROOT
 from repa_scale.errors import UserError
 
 MAPPED = ("kernels", "configs", "launchers")  # top-level folders that are installed inside the package
+# Variables of launchers. Each process of a piece is a run of its own: under `srun --pty`, or where an image sets
+# MASTER_PORT, those that run side by side would meet at one port, and the second would fail.
+LAUNCHERS = re.compile(r"(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|LOCAL_SIZE|MASTER_.*|SLURM_.*|OMPI_.*|PMI.*)")
 
 
 def prepare(work: Path, out: Path, wheels: Path | None, rehearse: bool, log: BinaryIO) -> dict[str, str]:
@@ -30,10 +34,11 @@ def prepare(work: Path, out: Path, wheels: Path | None, rehearse: bool, log: Bin
         UserError: the wheels do not fit this Python.
     """
     package, installed = work / "package", work / "wheels"
-    ignore = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "repa_scale", package / "repa_scale", ignore=ignore)
-    for name in MAPPED:
-        shutil.copytree(ROOT / name, package / "repa_scale" / name, ignore=ignore)
+    for name in ("repa_scale", *MAPPED):
+        target = package / name if name == "repa_scale" else package / "repa_scale" / name
+        shutil.copytree(ROOT / name, target, ignore=shutil.ignore_patterns("__pycache__"))
+        for folder, _, _ in os.walk(target):  # a source tree that must not be written gives its modes to the copy
+            os.chmod(folder, 0o755)
     shutil.copy(ROOT / "ds_config.json", package / "repa_scale" / "configs")
     _describe(package)
     if wheels is not None:
@@ -46,7 +51,7 @@ def prepare(work: Path, out: Path, wheels: Path | None, rehearse: bool, log: Bin
             raise UserError(f"--wheels {wheels} does not fit {sys.executable}: {lines[-1]}")
     (work / "tmp").mkdir()
     environment = {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if not LAUNCHERS.fullmatch(name)},
         "PYTHONPATH": os.pathsep.join(map(str, (package, installed, ROOT))),
         "PYTHONDONTWRITEBYTECODE": "1",
         "BENCHMARK_OUT": str(out),

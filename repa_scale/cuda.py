@@ -157,7 +157,10 @@ def compiler_problem(compiler: str | None, include: str) -> str | None:
 def find_compiler() -> tuple[str | None, str]:
     """The arguments of `compiler_problem`, as Triton looks for them."""
     names = (os.environ.get("CC") or "gcc", "clang")
-    return next((name for name in names if shutil.which(name)), None), sysconfig.get_paths()["include"]
+    scheme = sysconfig.get_default_scheme()
+    if scheme == "posix_local":  # of Debian's and Ubuntu's own Python; its folder may be /usr/local/include
+        scheme = "posix_prefix"
+    return next((name for name in names if shutil.which(name)), None), sysconfig.get_paths(scheme)["include"]
 
 
 def check_precision(precision: str) -> None:

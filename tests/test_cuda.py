@@ -92,6 +92,14 @@ def test_triton_needs_a_compiler_and_the_headers_of_python(tmp_path):
     assert cuda.compiler_problem("gcc", str(include)) is None
 
 
+def test_headers_are_looked_for_where_triton_does(monkeypatch):
+    """The default scheme of Debian's and Ubuntu's own Python names a folder that holds no headers."""
+    folders = {"posix_local": "/usr/local/include/python3.12", "posix_prefix": "/usr/include/python3.12"}
+    monkeypatch.setattr(cuda.sysconfig, "get_default_scheme", lambda: "posix_local")
+    monkeypatch.setattr(cuda.sysconfig, "get_paths", lambda scheme="posix_local": {"include": folders[scheme]})
+    assert cuda.find_compiler()[1] == "/usr/include/python3.12"
+
+
 def test_each_extra_for_dali_is_in_the_package():
     for number in cuda.DALI_EXTRAS:
         assert f'\ndali-cuda{number} = ["nvidia-dali-cuda{number}0==' in (ROOT / "pyproject.toml").read_text()

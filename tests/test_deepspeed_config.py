@@ -202,7 +202,9 @@ def steps(tmp_path_factory):
 @pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.long), 2, 3])
 def test_what_deepspeed_does_in_a_step(steps, stage):
     """Its throughput timer waits for the device twice, unless it is off. A bf16 step that is not finite is skipped:
-    under stages 1 and 2 thanks to `check_grad_overflow` alone, so it stays on; stage 3 looks at the norm."""
+    under stages 1 and 2 thanks to `check_grad_overflow` alone, so it stays on; stage 3 looks at the norm. (Stage 1
+    with fp32 gradient accumulation, which this file leaves out, has DeepSpeed's BF16_Optimizer: the norm there too.)
+    """
     zero = {"zero_optimization": {"stage": stage}}
     applied, finite, waits = steps(zero)
     assert (applied, finite) == (False, True) and not [file for file in waits if file.endswith("utils/timer.py")]

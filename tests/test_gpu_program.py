@@ -21,7 +21,7 @@ import torch
 from benchmarks import collect, environment, gpu, layout, pieces, rows, truth
 from benchmarks.pieces import Piece
 from benchmarks.truth_data import make_set
-from repa_scale import cuda
+from repa_scale import cuda, placement
 from repa_scale.data.check import check_set
 from repa_scale.errors import UserError
 
@@ -154,7 +154,7 @@ def test_an_interpreter_without_torch_is_one_line(tmp_path):
         ([], "--out"),
         (["--out", "OUT", "--seconds", "3"], "--seconds 3 must be a number of at least 15"),
         (["--out", "OUT", "--seconds", "nan"], "--seconds nan must be a number of at least 15"),
-        (["--out", "/proc/results"], "--out /proc/results cannot be written"),
+        (["--out", "something/out"], "something/out cannot be written"),
         (["--out", "OUT", "kernel"], "PIECE kernel is not a piece; did you mean 'kernels'?"),
         (["--out", "OUT", "--wheels", "none"], "--wheels none is not a folder"),
         (["--out", "OUT", "--wheels", "."], "holds no wheels"),
@@ -197,6 +197,27 @@ def test_wheels_of_another_python_are_one_line(tmp_path, capsys):
     (wheels / "hjson-3.1.0-cp27-cp27m-win32.whl").write_bytes(b"PK")
     assert gpu.main(["--out", str(tmp_path / "out"), "--wheels", str(wheels)]) == 64
     assert "is not a supported wheel on this platform" in capsys.readouterr().err
+
+
+def test_a_launcher_around_the_program_does_not_join_its_pieces(tmp_path, monkeypatch):
+    """As under `srun --pty`: runs that go side by side would all wait at one port."""
+    for name in ("RANK", "MASTER_PORT", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"):
+        monkeypatch.setenv(name, "1")
+    with (tmp_path / "log").open("wb", buffering=0) as log:
+        found = layout.prepare(tmp_path, tmp_path, None, True, log)
+    assert placement.find(found).launcher == "alone" and "MASTER_PORT" not in found
+
+
+def test_a_source_tree_that_must_not_be_written_will_do(tmp_path, monkeypatch):
+    for name in ("repa_scale", *layout.MAPPED):
+        (tmp_path / "tree" / name).mkdir(parents=True)
+        (tmp_path / "tree" / name).chmod(0o555)
+    (tmp_path / "tree" / "ds_config.json").touch()
+    monkeypatch.setattr(layout, "ROOT", tmp_path / "tree")
+    with (tmp_path / "log").open("wb", buffering=0) as log:
+        layout.prepare(tmp_path, tmp_path, None, True, log)
+    folders = [path for path in (tmp_path / "package").rglob("*") if path.is_dir()]
+    assert len(folders) > 4 and all(path.stat().st_mode & 0o200 for path in folders)  # root may write anyway
 
 
 def test_the_layout_is_that_of_the_wheel():
@@ -287,6 +308,12 @@ def test_damaged_results_are_one_line(tmp_path, monkeypatch, capsys):
         file.write('{"benchm')
     assert collect.main([str(came)]) == 64
     assert "summary.jsonl, line 4 is damaged" in capsys.readouterr().err
+    for number, foreign in enumerate((b'{"benchmark": "truth", "case": "x"}', b'{"benchmark": ["x"]}', b"\xff")):
+        came = results_of(tmp_path / f"foreign {number}")
+        (came / "other.jsonl").write_bytes(foreign + b"\n")
+        assert collect.main([str(came)]) == 64
+        error = capsys.readouterr().err
+        assert ("does not understand" in error or "is damaged" in error) and error.count("\n") == 1
 
 
 # Truth.

@@ -176,7 +176,7 @@ REMEDY = "start the run again, or train on with Pillow's pixels: data.decoder=pi
 
 
 def why_not_dali(device: torch.device) -> str | None:
-    """Whether DALI can decode on `device`, found out by doing it: None, or the reason and the remedy in one line."""
+    """Tries DALI on `device`: None if it decodes, or the reason and the remedy in one line."""
     if find_spec("nvidia") is None or find_spec("nvidia.dali") is None:
         return f"DALI is not installed; install it with: pip install {dali_requirement(torch.version.cuda)}"
     try:

@@ -7,23 +7,36 @@ optimizer flat fp32 master weights.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import functools
+from collections.abc import Callable
+from contextlib import contextmanager
 from types import SimpleNamespace
 
+import pytest
 import torch
 from meta_device import META
 from torch import Tensor, nn
 
+# What `zero.Init` sends to the device; what another function makes in a constructor stays on the host.
+CONSTRUCTORS = ("tensor", "empty", "zeros", "ones", "full", "arange", "eye", "randn")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def stand_in() -> SimpleNamespace:
     """In place of the module `deepspeed`."""
 
+    @contextmanager
     def init(config_dict_or_path: dict, enabled: bool):
-        return META if enabled else nullcontext()
+        with pytest.MonkeyPatch.context() as patch:
+            for name in CONSTRUCTORS if enabled else ():
+                patch.setattr(torch, name, functools.partial(_on_the_device, getattr(torch, name)))
+            yield
 
     return SimpleNamespace(zero=SimpleNamespace(Init=init), initialize=initialize)
+
+
+def _on_the_device(make: Callable[..., Tensor], *args, **kwargs) -> Tensor:
+    return make(*args, **{**kwargs, "device": kwargs.get("device") or META})
 
 
 def initialize(model: nn.Module, optimizer: torch.optim.AdamW, config: dict, dist_init_required: bool):

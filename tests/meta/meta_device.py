@@ -34,6 +34,8 @@ VIEWS = frozenset(
     _reshape_alias is_pinned diagonal unfold new_empty_strided""".split()  # noqa: SIM905
 )
 MOVES = {aten._to_copy.default, aten.copy_.default, aten._pin_memory.default}
+# They take tensors of both on a GPU too: positions on the host, and copies.
+MIXED = {*MOVES, aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._foreach_copy_.default}
 # A tensor on the host that nothing is computed for: a number on its way, a place to copy to.
 NOTHING_COMPUTED = {*MOVES, aten.is_pinned.default, aten.empty_like.default, aten.empty_strided.default}
 
@@ -105,6 +107,8 @@ class Watched(TorchDispatchMode):
         if op.overloadpacket is aten.to:  # of a tensor made in inference mode, which dispatch shows undecomposed
             with self:
                 return op.decompose(*args, **kwargs)
+        if op not in MIXED:
+            _require_one_device(op, (*args, *kwargs.values()))
         found = op(*args, **kwargs)
         if isinstance(found, Tensor) and found.device.type == "cpu":
             if op not in NOTHING_COMPUTED and op.__name__.split(".")[0] not in VIEWS:
@@ -143,6 +147,14 @@ class Watched(TorchDispatchMode):
             return args[0].zero_()
         answer = self.answers.get(self.note("read"), torch.zeros)
         return answer(source.shape).to(kwargs.get("dtype") or source.dtype)
+
+
+def _require_one_device(op, args: tuple) -> None:
+    """What CUDA refuses and `meta` lets pass: products, convolutions, lookups and gathers with a tensor of the host."""
+    given = [each for arg in args for each in (arg if isinstance(arg, (list, tuple)) else (arg,))]
+    tensors = [each for each in given if isinstance(each, Tensor)]
+    if any(t.device == META for t in tensors) and any(t.device.type == "cpu" and t.dim() for t in tensors):
+        raise RuntimeError(f"{op.__name__}: expected all tensors on the same device, found {META} and cpu")
 
 
 class Factories(TorchFunctionMode):

@@ -11,12 +11,13 @@ from collections import Counter
 import pytest
 import torch
 from meta_allowed import ALLOWED, LAUNCHES, WAITS
-from meta_device import META
+from meta_device import META, Watched
 from meta_run import meta_run
 
 from repa_scale import engine, state, trainer
 from repa_scale.deepspeed_config import packaged_file
 from repa_scale.draws import draw
+from repa_scale.models.sit import SiT
 
 REPA = ["experiment=demo_repa", "model.name=SiT-Nano/2", "alignment.repa.depth=1", "alignment.repa.weights=random"]
 BASELINE = ["experiment=demo_baseline", "model.name=SiT-Nano/2"]
@@ -148,13 +149,44 @@ def test_stored_features_stay_on_the_device(run):
         check(one.watched.notes)
 
 
-# That the tests above can fail: with either mend taken out, a step does not come through.
+# That the tests above can fail: with either fix taken out, no step comes through.
 
 
 def test_a_buffer_on_the_host_is_an_error(run, monkeypatch):
     monkeypatch.setattr(engine, "place", lambda *_: None)
     with run(REPA) as one, pytest.raises(RuntimeError, match="device"):
         one.step(one.batch(8))
+
+
+def test_a_constant_that_zero_init_leaves_on_the_host_is_an_error(run, monkeypatch):
+    """It sends what eight constructors of torch make to the device, and nothing else; `place` moves buffers alone."""
+    build, forward = SiT.__init__, SiT.forward
+
+    def built(self, *args, **kwargs):
+        build(self, *args, **kwargs)
+        self.gain = torch.linspace(1, 2, 1)
+
+    monkeypatch.setattr(SiT, "__init__", built)
+    monkeypatch.setattr(SiT, "forward", lambda self, x, *rest: forward(self, x * self.gain, *rest))
+    with run(REPA) as one, pytest.raises(RuntimeError, match="device"):
+        one.step(one.batch(8))
+
+
+@pytest.mark.parametrize("name", ["mm", "embedding", "conv2d", "gather", "mul_"])
+def test_what_cuda_refuses_and_meta_lets_pass_is_an_error(name):
+    """With a constant that a network or the EMA made on the host when it was built; nothing is computed there later."""
+    on_host = {"gather": torch.zeros(2, 2, dtype=torch.int64)}.get(name, torch.zeros(2, 2, 2, 2))
+    device = torch.zeros(2, 2, 2, 2, device=META)
+    uses = {
+        "mm": lambda: device[0, 0].mm(on_host[0, 0]),
+        "embedding": lambda: torch.nn.functional.embedding(device[0, 0].long(), on_host[0, 0]),
+        "conv2d": lambda: torch.nn.functional.conv2d(device, on_host),
+        "gather": lambda: device[0, 0].gather(0, on_host),
+        "mul_": lambda: device.mul_(on_host),
+    }
+    uses[name]()  # what this test is about
+    with Watched({}), pytest.raises(RuntimeError, match="same device"):
+        uses[name]()
 
 
 def test_a_number_on_the_host_among_the_losses_is_an_error(run, monkeypatch):
