@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 
 from benchmarks.command import Parser, answered, put_row
-from benchmarks.rows import results_folder
+from benchmarks.rows import OUT, results_folder
 from benchmarks.truth_data import make_encoder, make_set
 from benchmarks.truth_run import ENCODER, GRID
 from repa_scale.checkpoint import KINDS, CheckpointReader, step_folder
@@ -123,8 +123,9 @@ def measure(folder: Path, device: str, steps: int, stop: int) -> list[Check]:
     own = {key: BF16_FACTOR * distance(reference["bf16"][key], reference["fp32"][key]) for key in CURVES}
     checks += against("bf16, stage 3", curves["bf16"], reference["bf16"], own)
     checks += resumed(folder / "whole", folder / "resumed", steps, stop)
-    pack(folder / "whole", steps, results_folder() / TAR)
-    return [*checks, *read_back(results_folder() / TAR)]
+    file = (results_folder() if os.environ.get(OUT) else folder) / TAR  # to be carried home, or for this check alone
+    pack(folder / "whole", steps, file)
+    return [*checks, *read_back(file)]
 
 
 def _side_by_side(folder: Path, device: str, chains: list[list[Run]]) -> Iterable[list[Check]]:

@@ -342,6 +342,20 @@ def test_no_gpu_test_is_skipped_in_the_program(request, monkeypatch):
     assert len(marks) == 1
 
 
+@pytest.mark.parametrize("program", [False, True])
+def test_the_checkpoint_of_truth_is_kept_for_the_program_alone(tmp_path, monkeypatch, program):
+    home, out = tmp_path / "results", tmp_path / "out"
+    monkeypatch.setattr(rows, "RESULTS", home)
+    monkeypatch.setenv("BENCHMARK_OUT", str(out) if program else "")
+    monkeypatch.setattr(truth, "_side_by_side", lambda *_: [])
+    monkeypatch.setattr(truth, "curves_of", lambda run: json.loads(truth.REFERENCE.read_text())["curves"]["fp32"])
+    monkeypatch.setattr(truth, "resumed", lambda *_: [])
+    monkeypatch.setattr(truth, "pack", lambda run, steps, file: file.write_bytes(b"packed"))
+    monkeypatch.setattr(truth, "read_back", lambda file: [])
+    truth.measure(tmp_path, "cpu", 30, 15)
+    assert not home.exists() and (out / truth.TAR).exists() == program
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_truth_of_a_gpu_is_not_measured_on_a_cpu(capsys):
     assert truth.main(["--device", "cuda"]) == 64
