@@ -1,4 +1,4 @@
-"""Takes the results of benchmarks/gpu.sh home: rows into benchmarks/results, the checkpoint verified, tables printed.
+"""Imports the results of benchmarks/gpu.sh: rows into benchmarks/results, the checkpoint verified, tables printed.
 
     python -m benchmarks.collect DIR
 

@@ -62,7 +62,7 @@ def gpu() -> dict:
     absent = None if facts.capabilities else cuda.absence(facts)
     if problem := cuda.device_problem(facts) or absent or cuda.precision_problem(facts, "bf16"):
         raise UserError(f"{problem}; --rehearse needs no GPU")
-    # Pieces fail of these, but not all: the others may still run.
+    # These break some pieces; the others may still run.
     problems = [p for p in (cuda.nccl_problem(facts), cuda.compiler_problem(*cuda.find_compiler())) if p]
     for problem in problems:
         print(f"environment: warning: {problem}", file=sys.stderr)

@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--widths", type=positive, nargs="+", help="channels; default 384 768 1024 1536")
     parser.add_argument("--only", nargs="+", default=list(GOALS), choices=list(GOALS))
     parser.add_argument("--rounds", type=positive, help="at most; default 20")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="end after about so many; what is left says so")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="time budget; cases that do not fit are marked")
     parser.add_argument("--counted", action="store_true", help="count bytes and memory too (always without a GPU)")
     args = parser.parse_args(argv)
     cuda = torch.cuda.is_available() and not args.rehearse

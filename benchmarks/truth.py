@@ -151,7 +151,7 @@ def start(folder: Path, device: str, threads: int, run: Run) -> Check:
     print(f"-- {run.name} {' '.join(run.arguments)}: exit code {done.returncode}")
     if done.returncode != run.wanted:
         print("\n".join(done.stdout.splitlines()[-40:]), flush=True)
-    return Check(run.name, f"exit code, wanted {int(run.wanted)}", abs(done.returncode - run.wanted), 0)
+    return Check(run.name, f"exit code: difference from {int(run.wanted)}", abs(done.returncode - run.wanted), 0)
 
 
 def curves_of(run: Path) -> dict[str, list]:
@@ -187,9 +187,11 @@ def resumed(whole: Path, stopped: Path, steps: int, stop: int) -> list[Check]:
     curves = [{key: values[stop:] for key, values in curves_of(run).items()} for run in (whole, stopped)]
     case = f"stop at {stop}, resume"
     return [
-        Check(case, "attempts other than 2", abs(len(attempts) - 2), 0),
+        Check(case, "number of starts, difference from 2", abs(len(attempts) - 2), 0),
         Check(case, f"tensors of {len(KINDS) * len(a.names)} that differ", other, 0),
-        Check(case, "curves after it that differ", sum(curves[0][key] != curves[1][key] for key in curves[0]), 0),
+        Check(
+            case, "curves that differ after the resume", sum(curves[0][key] != curves[1][key] for key in curves[0]), 0
+        ),
     ]
 
 
@@ -218,14 +220,14 @@ def read_back(file: Path) -> list[Check]:
             raise DataError(f"{file} cannot be read ({error}); copy it again") from None
         reader = CheckpointReader(folder)
         wrong = len(reader.problems())
-        checks = [Check("checkpoint", "files without their checksum", wrong, 0)]
+        checks = [Check("checkpoint", "files whose checksum does not match", wrong, 0)]
         if wrong:
             return checks
         values = (reader.tensor(kind, name) for kind in KINDS for name in reader.names)
         checks.append(Check("checkpoint", "tensors not finite", sum(not t.isfinite().all() for t in values), 0))
         ours = samples_of(folder, Path(name)).astype(int)
     differ = float(np.abs(ours - theirs).max()) if ours.shape == theirs.shape else math.inf
-    return [*checks, Check("samples", "levels of 255 from those of this CPU", differ, LEVELS)]
+    return [*checks, Check("samples", "max difference from this CPU's samples (of 255)", differ, LEVELS)]
 
 
 @torch.no_grad()

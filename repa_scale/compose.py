@@ -65,7 +65,7 @@ class Origin:
     preset: frozenset[str] = frozenset()
 
     def asks_for(self, key: str, stored: dict[str, Any]) -> bool:
-        """Whether a key's value stands against that of a stored run: the user gave it, or his preset sets a key that
+        """Whether a key's value stands against that of a stored run: the user gave it, or the preset sets a key that
         the run knows."""
         return key in self.asked or (key in self.preset and key in stored)
 

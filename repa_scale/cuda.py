@@ -130,7 +130,7 @@ def nccl_problem(facts: Facts) -> str | None:
     if facts.capabilities and facts.nccl is None:
         return (
             f"torch {facts.torch} for CUDA {facts.built} has no NCCL, which joins processes on GPUs; install a build "
-            "of torch with NCCL, or use the device cpu"
+            "of torch with NCCL, or set the device to cpu"
         )
     return None
 

@@ -157,9 +157,7 @@ def _refuse_foreign(name: str, values: dict[str, Any]) -> None:
     for path, what in REMOVED.items():
         *section, key = path.split(".")
         if key in (values.get(section[0], {}) if section else values):
-            raise ConfigError(
-                f"{name}: {path} is no longer supported, DeepSpeed has removed it ({what}); remove the key"
-            )
+            raise ConfigError(f"{name}: {path} is not supported: DeepSpeed removed it ({what}); delete the key")
     for section in OFFLOAD:
         if values.get("zero_optimization", {}).get(section) not in (None, False, 1):
             raise ConfigError(

@@ -132,7 +132,11 @@ def pick_device(device: str, local_rank: int = 0) -> torch.device:
         facts = cuda.look()
         problem = cuda.device_problem(facts)
         if problem or device == "cuda":
-            cpu = "use the device cpu" if device == "cuda" else "hide the GPUs: CUDA_VISIBLE_DEVICES=-1"
+            cpu = (
+                "set the device to cpu (train.device=cpu, --device cpu)"
+                if device == "cuda"
+                else "hide the GPUs: CUDA_VISIBLE_DEVICES=-1"
+            )
             raise MachineError(f"device {device}: {problem or cuda.absence(facts)}; or {cpu}")
         if facts.built or facts.driver:
             level = logging.INFO if facts.built else logging.WARNING

@@ -25,7 +25,7 @@ from repa_scale.identity import (
 
 
 def with_stored_values(config: Config, stored: dict[str, Any], origin: Origin) -> tuple[Config, list[str]]:
-    """The configuration of a run that goes on, and a line `key: value -> stored value` for each key taken from it.
+    """The configuration of a resumed run, and a line `key: value -> stored value` for each key taken from it.
 
     What the user asked for stays, and so does what a preset sets to another value than the run has: identity.differing
     finds those, and the start is refused. A file of weights stays too: the run stored its name, not its folder.

@@ -83,7 +83,7 @@ def run(config, origin) -> ExitCode:
     """Checks all that can be checked before anything is loaded, then trains `config` (repa_scale.config.Config).
 
     Args:
-        origin: which of its values were asked for (repa_scale.compose.Origin); a run that goes on keeps its own others.
+        origin: which of its values were asked for (repa_scale.compose.Origin); a resumed run keeps its own others.
     """
     from repa_scale.compose import resolved_yaml
     from repa_scale.ranks import Ranks
@@ -173,7 +173,7 @@ def check(config, ranks):
 
 
 def _resumed(config, stored: dict | None, origin) -> tuple:
-    """The configuration with the stored values of a run that goes on, and a line for each key taken from them."""
+    """The configuration with the stored values of a resumed run, and a line for each key taken from them."""
     from repa_scale.stored_values import with_stored_values
 
     return with_stored_values(config, stored["keys"], origin) if stored else (config, [])

@@ -235,9 +235,9 @@ def test_the_choice_follows_the_pin():
         ({"problem": broken}, "rank 3 on host: DALI cannot decode on cuda:3 .old driver."),
         ({"gpu": False}, "nvJPEG needs a GPU"),
     ):
-        with pytest.raises(UserError, match=rf"pixels of nvjpeg so far.*{reason}.*by data\.decoder=pillow"):
+        with pytest.raises(UserError, match=rf"pixels of nvjpeg;.*{reason}.*with data\.decoder=pillow"):
             chosen("auto", "nvjpeg", **words)
-    with pytest.raises(UserError, match=r"pixels of dali-cpu so far; go on with them by data\.decoder=dali, or"):
+    with pytest.raises(UserError, match=r"pixels of dali-cpu; keep them with data\.decoder=dali, or"):
         chosen("auto", "dali-cpu", gpu=False, recipe=KEPT)
     assert Decoders("auto", {}, True).choose(None) == Choice("pillow")  # nothing is decoded
 
@@ -331,7 +331,7 @@ def test_a_run_is_pinned_to_its_pixels(kept, decoded_by_dali, nothing_stays_behi
     assert told["kind"] == "decode_fallback" and told["rank"] == 0 and "5.jpg" in told["reason"]
 
     refused = start(kept, run, "train.steps=5")
-    assert refused.wait() == 64 and "dali-cpu so far; go on with them by data.decoder=dali, or" in refused.text()
+    assert refused.wait() == 64 and "dali-cpu; keep them with data.decoder=dali, or" in refused.text()
     assert json.loads((run / "identity.json").read_text()) == identity and len(read_incidents(run)) == 1
 
 

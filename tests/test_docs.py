@@ -5,11 +5,13 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from launching import BIN
 
+from benchmarks import gpu
 from repa_scale.cli import VERBS
 from repa_scale.compose import compose
 from repa_scale.launch import _parser
@@ -73,8 +75,22 @@ def test_commands_for_a_cluster_compose(page):
                 assert words[1] in VERBS
             if "launch" in words:
                 compose(_parser().parse_known_args(words[words.index("launch") + 1 :])[1])
+            elif words[:1] == ["benchmarks/gpu.sh"]:
+                gpu_program(words[1:])
+            elif words[:1] == ["benchmarks/gpu_wheels.sh"]:
+                assert re.fullmatch(r"3\.\d+", words[2]) and os.access(ROOT / words[0], os.X_OK)
+            elif "-m" in words and words[words.index("-m") + 1].startswith("benchmarks."):
+                assert find_spec(words[words.index("-m") + 1]), line
             elif ".sbatch" in line or ".sh" in line:
                 compose([word for word in words if "=" in word and not word.startswith("-")])
+
+
+def gpu_program(words):
+    """The arguments of benchmarks/gpu.sh are those it has; its folders need not exist here."""
+    assert words.count("--out") == 1
+    places = {words[i + 1] for i, word in enumerate(words) if word in ("--wheels", "--public", "--out")}
+    kept = [word for word in words if word not in {"--wheels", "--public", *places} or word == "--out"]
+    gpu.parse([*(word for word in kept if word != "--out"), "--out", os.devnull + "/none"])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -95,23 +95,21 @@ class Decoders:
             changed = pinned not in (None, pixels)
             line = f"data.decoder={self.wanted}: {NAMES[self.wanted]}"
             if changed:
-                line += f", whose pixels ({pixels}) are not those that this run was trained on so far ({pinned})"
+                line += f"; its pixels ({pixels}) differ from those that this run has trained on ({pinned})"
             return Choice(self.wanted, pixels, line, changed, pinned if changed else None)
         first, reason = self._preferred()
         if pinned is None or pinned == self.pixels[first]:
             line = f"data.decoder=auto: {NAMES[first]}, because {reason}"
             return Choice(first, self.pixels[first], line, bool(self.problem))
         if pinned == self.pixels["pillow"]:
-            return Choice(
-                "pillow", pinned, "data.decoder=auto: Pillow, because the run was trained on its pixels so far"
-            )
+            return Choice("pillow", pinned, "data.decoder=auto: Pillow, because the run has trained on its pixels")
         if pinned == self.pixels["dali"] and not self.gpu:
-            remedy = "go on with them by data.decoder=dali"
+            remedy = "keep them with data.decoder=dali"
         else:
-            remedy = f"they cannot be had here ({self.problem or NEEDS.get(pinned, 'unknown')}): put that right"
+            remedy = f"they are not available here ({self.problem or NEEDS.get(pinned, 'unknown')}); fix that"
         raise UserError(
-            f"data.decoder=auto, but this run was trained on the pixels of {pinned} so far; {remedy}, or change to "
-            "Pillow's by data.decoder=pillow"
+            f"data.decoder=auto, but this run has trained on the pixels of {pinned}; {remedy}, or switch to "
+            "Pillow's pixels with data.decoder=pillow"
         )
 
     def _preferred(self) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""A CUDA device that is none: real runs of the real code on a machine without a GPU, with tensors of `cuda:0`.
+"""A fake CUDA device: real runs of the real code on a machine without a GPU, with tensors of `cuda:0`.
 
 A small C++ library (`device.cpp`, `operators.cpp`) registers `DeviceType::CUDA` on host memory; `torch_cuda.py` gives
 `torch.cuda` its Python side, `process_group.py` a group of one rank that calls itself NCCL. `python -m
