@@ -224,17 +224,21 @@ def identity_in(stored: dict, keys: str) -> dict:
 
 
 def pinned_pixels(path: Path) -> str | None:
-    """The pixels that a run was trained on so far (data/decoder_choice.py); None: it begins anew, or is from before
-    they were pinned. A run that was fetched from a store has them in its checkpoint alone."""
+    """The pixels that a run was trained on so far (data/decoder_choice.py); None: it begins anew, or nobody can tell.
+
+    A run that was fetched from a store has them in its checkpoint alone. One of the first release has none: it cannot
+    have started on a GPU, so they are Pillow's.
+    """
     from repa_scale.checkpoint import MANIFEST, list_checkpoints
 
-    checkpoints = list_checkpoints(path / "checkpoints")
+    checkpoints, found = list_checkpoints(path / "checkpoints"), None
     for file in (path / "identity.json", *(folder / MANIFEST for folder in reversed(checkpoints))):
         if checkpoints and file.is_file():
             with suppress(ValueError):  # a damaged manifest: the resume will say so
                 if pixels := json.loads(file.read_text()).get("pixels"):
                     return pixels
-    return None
+                found = "pillow"
+    return found
 
 
 def require_disk_space(path: Path, needed: int) -> None:

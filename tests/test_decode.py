@@ -5,6 +5,7 @@ import json
 import logging
 import platform
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -284,6 +285,11 @@ def test_a_run_that_was_fetched_from_a_store_has_its_pin_in_the_checkpoint(tmp_p
     assert pinned_pixels(tmp_path) == "pillow"
     (folder / "manifest.json").unlink()  # without a checkpoint the run begins anew, with any pixels
     assert pinned_pixels(tmp_path) is None
+
+
+def test_a_run_of_the_first_release_keeps_pillows_pixels_on_a_gpu():
+    pinned = pinned_pixels(Path(__file__).parent / "run_v1" / "run")
+    assert chosen("auto", pinned) == ("pillow", "pillow", None)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import socket
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from launching import BIN
@@ -265,3 +266,11 @@ def test_every_check_stands_in_the_docs():
     text = (Path(__file__).resolve().parents[1] / "docs" / "doctor.md").read_text()
     for name in [*CHECKS, "reached", "shared folder", "clock", "code", "versions", "files", "all-reduce", "link"]:
         assert f"| `{name}` |" in text, name
+
+
+@pytest.mark.parametrize("answer", ["No devices were found", "", "a, b, c"])
+def test_an_answer_of_nvidia_smi_that_has_no_table_is_one_line(answer, monkeypatch):
+    monkeypatch.setattr(gpus.shutil, "which", lambda _: "nvidia-smi")
+    monkeypatch.setattr(gpus, "_smi", lambda *_: answer)
+    (found,) = gpus.gpus(SimpleNamespace(slots=None))
+    assert found.state == "FAIL" and (answer or "nothing") in found.found

@@ -83,7 +83,7 @@ class Decoders:
         """The decoder of this start.
 
         Args:
-            pinned: the pixels that the run was trained on so far; None: a new run, or one from before they were pinned.
+            pinned: the pixels that the run was trained on so far; None: a new run.
 
         Raises:
             UserError: `data.decoder=auto`, and none of the decoders at hand gives those pixels.

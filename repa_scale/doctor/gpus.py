@@ -18,7 +18,9 @@ def gpus(look: Look) -> list[Finding]:
         return [Finding("gpus", NOTE, "none (no nvidia-smi); the run would use the CPU")]
     try:
         rows = _rows("--query-gpu", QUERY)
-    except (OSError, subprocess.SubprocessError) as error:
+        if not rows or any(len(row) != len(QUERY.split(",")) for row in rows):
+            raise ValueError(f"it answers {'; '.join(map(', '.join, rows)) or 'nothing'}")
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
         return [
             Finding("gpus", FAIL, f"nvidia-smi fails: {error}", "reload the driver, or reboot the node; see `dmesg`")
         ]
