@@ -51,7 +51,7 @@ def pieces(public: Path | None) -> list[Piece]:
         _ours("compiled-32", "--batch", "32", "--compile", seconds=80),  # Inductor's cache is cold
         _public(public, "32"),
         _ours("eager-32", "--batch", "32"),
-        _ours("compiled-128", "--batch", "128", "--compile"),
+        _ours("compiled-128", "--batch", "128", "--compile", seconds=80),
         _public(public, "64"),
         _kernels("main", "65536", "768", "1536"),
         Piece("profile", 60, _program("profile_step", "--batch", "32", "--compile"), (*TINY, "--batch", "2")),

@@ -88,5 +88,5 @@ def check_kernel(config: Config, device: torch.device) -> None:
         raise ConfigError(f"alignment.kernel=triton: {problem}; use alignment.kernel=auto")
     if device.type == "cuda" and config.method != "baseline" and config.alignment_kernel != "torch":
         problem = cuda.compiler_problem(*cuda.find_compiler())
-        if problem and min(cuda.look().capabilities) >= cuda.OLDEST:  # below it `auto` takes torch
+        if problem and min(cuda.look().capabilities, default=cuda.OLDEST) >= cuda.OLDEST:  # below it `auto` takes torch
             raise MachineError(f"alignment.kernel={config.alignment_kernel}: {problem}")

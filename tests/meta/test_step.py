@@ -137,6 +137,7 @@ def test_batches_are_copied_behind_the_training(run):
             one.trainer.record(step, losses, outcome, batch)
         check(one.watched.notes)
         assert batch.images.device == META
+        assert one.watched.notes["wait", "data.batches.finish"] >= 3  # else a step may begin before its batch is there
 
 
 def test_stored_features_stay_on_the_device(run):
