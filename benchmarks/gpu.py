@@ -157,8 +157,7 @@ def _one(
     if left < LEAST:
         return Ended(piece.name, "not run", reason="no time left")
     command = [sys.executable, *piece.command, *(piece.rehearsal if args.rehearse else ())]
-    if args.rehearse:
-        environment = {**environment, **piece.rehearsal_environment}
+    environment = {**environment, **piece.environment, **(piece.rehearsal_environment if args.rehearse else {})}
     limit = min(left, REHEARSAL_SECONDS if args.rehearse else piece.seconds)
     log.write(f"\n== {piece.name} (limit {limit:.0f} s): {' '.join(command)}\n".encode())
     began = time.monotonic()

@@ -86,7 +86,7 @@ def check_kernel(config: Config, device: torch.device) -> None:
     """
     if config.alignment_kernel == "triton" and (problem := unavailable(device)):
         raise ConfigError(f"alignment.kernel=triton: {problem}; use alignment.kernel=auto")
-    if device.type == "cuda" and config.method != "baseline" and config.alignment_kernel != "torch":
-        problem = cuda.compiler_problem(*cuda.find_compiler())
-        if problem and min(cuda.look().capabilities, default=cuda.OLDEST) >= cuda.OLDEST:  # below it `auto` takes torch
-            raise MachineError(f"alignment.kernel={config.alignment_kernel}: {problem}")
+    if device.type != "cuda" or config.method == "baseline" or config.alignment_kernel == "torch":
+        return
+    if not unavailable(device) and (problem := cuda.compiler_problem(*cuda.find_compiler())):  # else `auto` takes torch
+        raise MachineError(f"alignment.kernel={config.alignment_kernel}: {problem}")

@@ -14,6 +14,10 @@ ROOT = Path(__file__).resolve().parents[1]
 REHEARSAL = os.environ.get("REPA_SCALE_REHEARSE") == "1"
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "timeout(seconds): of pytest-timeout, which a bare machine may lack")
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available() or REHEARSAL or os.environ.get("BENCHMARK_OUT"):
         return

@@ -12,7 +12,7 @@ from training_loop import curve
 
 pytestmark = pytest.mark.gpu
 REHEARSAL = os.environ.get("REPA_SCALE_REHEARSE") == "1"
-CASES = small_cases() if REHEARSAL else {**small_cases(), **large_cases()}
+CASES = small_cases() if REHEARSAL else {**large_cases(), **small_cases()}  # the longest first
 SETTINGS = ["plain", "checkpointing", "compile"]
 if REHEARSAL:
     CASES = dict(list(CASES.items())[::15])
