@@ -224,7 +224,7 @@ def identity_in(stored: dict, keys: str) -> dict:
 
 
 def pinned_pixels(path: Path) -> str | None:
-    """The pixels that a run was trained on so far (data/decoder_choice.py); None: it begins anew, or nobody can tell.
+    """The pixels that a run was trained on so far (data/decoder_choice.py); None: a new run, or nobody can tell.
 
     A run that was fetched from a store has them in its checkpoint alone. One of the first release has none: it cannot
     have started on a GPU, so they are Pillow's.

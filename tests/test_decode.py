@@ -283,7 +283,7 @@ def test_a_run_that_was_fetched_from_a_store_has_its_pin_in_the_checkpoint(tmp_p
     assert pinned_pixels(tmp_path) == "nvjpeg"
     (tmp_path / "identity.json").write_text('{"keys": {}, "pixels": "pillow"}')
     assert pinned_pixels(tmp_path) == "pillow"
-    (folder / "manifest.json").unlink()  # without a checkpoint the run begins anew, with any pixels
+    (folder / "manifest.json").unlink()  # without a checkpoint the run starts over, with any pixels
     assert pinned_pixels(tmp_path) is None
 
 
