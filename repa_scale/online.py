@@ -77,6 +77,7 @@ class OnlineEvaluation:
                 self._prepare_reference(extractor, lambda: stopping("reference"))
             with engine.weights_replaced(ema.values):
                 features = self._of_samples(engine, lambda: stopping("evaluate"))
+            stopping("metrics")  # rank 0 alone computes; the others wait for longer than for a batch of images
         except Stopped:
             return None
         finally:
