@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -141,13 +140,10 @@ def _check_words(args: argparse.Namespace) -> None:
 
 
 def _join(device: str) -> Ranks:
-    """This process among those that torchrun or a scheduler started; they only exchange words, so gloo will do."""
-    import torch.distributed as dist
-
+    """This process among those that torchrun or a scheduler started; they only exchange words."""
     ranks = Ranks.from_environment(device)
     if ranks.world_size > 1:
-        # A rank waits for the slowest one's last part.
-        dist.init_process_group("gloo", rank=ranks.rank, world_size=ranks.world_size, timeout=timedelta(days=14))
+        ranks.start(words_only=True)
     return ranks
 
 

@@ -40,9 +40,10 @@ def main(argv: list[str]) -> int:
     a folder, grid.png."""
     args = _parse(argv)
     ranks = Ranks.from_environment(args.device)
-    _check(args)
-    trained = load_trained(args.source, args.weights)
-    settings = _settings(args, trained)
+    with ranks.telling():
+        _check(args)
+        trained = load_trained(args.source, args.weights)
+        settings = _settings(args, trained)
     ranks.start()
     try:
         return _run(args, trained, settings, ranks)
