@@ -22,6 +22,7 @@ from pathlib import Path
 
 from repa_scale.launch.code import code_hashes, versions
 from repa_scale.launch.places import JOB, JOB_FILE, LOCK_FILE, node_folder, write_private
+from repa_scale.launch.visible import VARIABLE
 from repa_scale.processes import WISHES, alive, end_all_marked
 
 POLL_SECONDS = 0.2
@@ -99,6 +100,7 @@ class Guard:
             versions=versions(),
             address=_address(),
             port=_free_port(),
+            visible=os.environ.get(VARIABLE),
         )
 
     def do_mark_run(self, run_dir: str, name: str) -> None:

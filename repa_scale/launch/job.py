@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from repa_scale.errors import ExitCode, UserError
+from repa_scale.launch import visible
 from repa_scale.launch.channel import Channel, await_all
 from repa_scale.launch.code import code_hashes, difference, versions
 from repa_scale.launch.environment import plain, secrets
@@ -48,6 +49,7 @@ class Plan:
         config: the frozen configuration, YAML.
         words: the run's keys as they were typed.
         variables: of the ranks.
+        visible: CUDA_VISIBLE_DEVICES as the launcher was told for all its nodes; None: each node's own counts.
         grace_seconds: how long a rank may take to save.
         lost_after: seconds of silence after which a node counts as lost.
     """
@@ -64,6 +66,7 @@ class Plan:
     variables: dict[str, str]
     grace_seconds: float
     lost_after: float
+    visible: str | None = None
 
     def ranks_of(self, node: int) -> range:
         first = sum(len(host.slots) for host in self.hosts[:node])
@@ -144,6 +147,9 @@ class Job:
             channel.tell("begin", node=channel.node, **facts)
         await_all(self.channels, "ready", CONNECT_SECONDS)
         self._compare()
+        own = os.environ.get(visible.VARIABLE, "0")
+        if plan.ssh and own != ",".join(map(str, range(own.count(",") + 1))):
+            say(f"{visible.VARIABLE}={own} is of this machine alone; each node has its own, and the host file's slots")
         nodes = self._nodes()
         run = {"run_dir": str(plan.run_dir), "name": f".launch-{self.id}"}
         self._ask(nodes[:1], "mark_run", "marked", **run)
@@ -164,10 +170,19 @@ class Job:
             nodes[0].tell("unmark_run", **run, made=made)
             raise
         nodes[0].tell("unmark_run", **run, made=[])
-        job = {"cwd": str(plan.cwd), "words": plan.words, "environment": plan.variables}
-        files = {CONFIG_FILE: plan.config, "run_dir": str(plan.run_dir), JOB_FILE: json.dumps(job)}
-        self._ask(nodes, "files", "files", files=files)
+        for channel in nodes:
+            gpus = self._gpus(channel)
+            variables = plan.variables if gpus is None else {**plan.variables, visible.VARIABLE: gpus}
+            job = {"cwd": str(plan.cwd), "words": plan.words, "environment": variables}
+            files = {CONFIG_FILE: plan.config, "run_dir": str(plan.run_dir), JOB_FILE: json.dumps(job)}
+            channel.tell("files", files=files)
+        await_all(nodes, "files", CONNECT_SECONDS)
         return made
+
+    def _gpus(self, channel: Channel) -> str | None:
+        """CUDA_VISIBLE_DEVICES of a node's ranks; None: as deepspeed sets it."""
+        shown = self.plan.visible if self.plan.visible is not None else channel.facts["visible"]
+        return visible.gpus_of(self.plan.hosts[channel.node].slots, shown, f"{channel.name}: ")
 
     def _ask(self, channels: list[Channel], action: str, answer: str, **facts: object) -> None:
         for channel in channels:
@@ -192,6 +207,7 @@ class Job:
                     f"{channel.name} has other code of repa_scale than this machine: {what}; "
                     "install the same version on all nodes"
                 )
+            self._gpus(channel)
 
     def _sees_run(self) -> bool:
         return (self.plan.run_dir / "log").is_dir()
