@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def main(argv: list[str]) -> int:
         _leave_outcome(ExitCode.FAILED, str(error))
         say(str(error))
         return ExitCode.FAILED
-    _leave_outcome(code, job.error or job.problem)
+    _leave_outcome(code, job.error or job.problem, job.left)
     if code in (ExitCode.DIVERGED, ExitCode.FAILED):
         say(f"code {code}: {job.problem}; the logs of the ranks are in {plan.run_dir / 'log'}")
     return code
@@ -210,8 +211,9 @@ def describe(plan) -> str:
     return "\n".join(lines)
 
 
-def _leave_outcome(code: int, error: str) -> None:
-    """Tells `repa-scale supervise` why, where it started this."""
+def _leave_outcome(code: int, error: str, left: Sequence[str] = ()) -> None:
+    """Tells `repa-scale supervise` why, and which processes could not be ended, where it started this."""
     if folder := os.environ.get(OUTCOME_VARIABLE):
+        outcome = {"code": int(code), "error": error, "left": list(left)}
         with suppress(OSError):
-            Path(folder, "rank_0.json").write_text(json.dumps({"code": int(code), "error": error}))
+            Path(folder, "rank_0.json").write_text(json.dumps(outcome))

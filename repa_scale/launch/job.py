@@ -24,7 +24,7 @@ from repa_scale.launch.code import code_hashes, difference, versions
 from repa_scale.launch.environment import plain, secrets
 from repa_scale.launch.hostfile import Host, as_hostfile, as_include
 from repa_scale.launch.places import CONFIG_FILE, JOB, JOB_FILE
-from repa_scale.processes import start_deaf
+from repa_scale.processes import REMEDY, STUCK_SECONDS, start_deaf
 
 PING_SECONDS = 1.0
 CONNECT_SECONDS = 60.0
@@ -92,6 +92,7 @@ class Job:
     started: set[int] = field(default_factory=set)
     problem: str = ""  # the first thing that went wrong
     error: str = ""  # of the rank that went wrong, in one line
+    left: list[str] = field(default_factory=list)  # processes that could not be ended
     _signals: list[int] = field(default_factory=list)
     _log: object = None
 
@@ -356,14 +357,25 @@ class Job:
         threads = [threading.Thread(target=channel.close) for channel in self.channels]
         for thread in threads:
             thread.start()
+        said = False
         for thread in threads:
-            thread.join()
+            while thread.is_alive():
+                if (left := self._left()) and not said:
+                    said = True
+                    say(f"waits up to {STUCK_SECONDS:.0f} s for what was killed and has not ended: {', '.join(left)}")
+                thread.join(0.2)
+        self.left = self._left()
+        if self.left:
+            say(f"not ended: {', '.join(self.left)}; a driver holds it, and the memory of its GPU: {REMEDY}")
         if process is not None and process.poll() is None:
             process.kill()
         if process is not None:
             process.wait()
         if self._log is not None:
             self._log.close()
+
+    def _left(self) -> list[str]:
+        return [f"{process} on {channel.name}" for channel in self.channels for process in channel.left]
 
 
 def deepspeed_words(plan: Plan, hostfile: str, address: str, port: int, job: str) -> list[str]:
