@@ -67,8 +67,11 @@ class Drawing:
     """
 
     def __init__(self, pipe: SiTPipeline, fixed: int = 0) -> None:
+        from repa_scale.devices import use
+
         pipe.set_progress_bar_config(disable=True)
-        self.pipe, self.fixed = pipe, fixed
+        self.pipe, self.fixed, self._use = pipe, fixed, use
+        use(pipe.device)
 
     def __call__(self, wishes: Sequence[Wish], wanted: Callable[[], bool] = lambda: True) -> np.ndarray:
         """Wishes of one kind -> (N, H, W, 3) uint8."""
@@ -77,6 +80,7 @@ class Drawing:
             pipe.interrupt = not wanted()
             return {}
 
+        self._use(self.pipe.device)  # the batcher's thread begins on GPU 0
         return self.pipe(
             [wish.label for wish in wishes],
             seed=[wish.seed for wish in wishes],
