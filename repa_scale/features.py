@@ -1,8 +1,8 @@
 """Makes the features that lie beside the pictures of a set: VAE moments and encoder tokens, by the frozen networks.
 
 The same networks as in training (frozen.py). The VAE computes in fp32, on a GPU too, where a 16-bit run would use
-TF32: moments are made once. Encoders compute in fp32 on a CPU and in the stored 16-bit type on a GPU. Each feature records
-which. How they are stored is data/features.py's business.
+TF32: moments are made once. Encoders compute in fp32 on a CPU and in the stored 16-bit type on a GPU. Each feature
+records which. How they are stored is data/features.py's business.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """float32 is what a recipe says: in convolutions and in matrix products, whatever was set before."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,6 +82,14 @@ def test_compiled_code_asks_for_the_switches_and_gets_an_answer():
     assert torch._C._get_cublas_allow_tf32() is True
     compiled = torch.compile(lambda x: x @ x + 1, backend="eager")
     assert torch.equal(compiled(torch.eye(2)), torch.eye(2) + 1)
+
+
+def test_nothing_else_sets_the_switches():
+    """But the script of an export, which runs without this package."""
+    package = Path(arithmetic.__file__).parent
+    setting = re.compile(r"allow_tf32[^\n]* = |set_float32_matmul_precision\(|fp32_precision = ")
+    found = {str(path.relative_to(package)) for path in package.rglob("*.py") if setting.search(path.read_text())}
+    assert found == {"arithmetic.py", "export/standalone.py"}
 
 
 class Network(nn.Module):
