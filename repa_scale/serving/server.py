@@ -37,6 +37,9 @@ def main(argv: list[str]) -> int:
         require(module, "serve")
     token = _token(args.token_file)
     sockets = [_listen(args.host, args.port)]
+    from repa_scale import arithmetic
+
+    arithmetic.use("fp32")  # what --dtype fp32 says, on a GPU too
     pipe = open_pipeline(args.model, args.device, args.dtype)
     if args.compile:
         pipe.transformer.compile()
