@@ -85,7 +85,7 @@ class Drawer:
             raise DataError(
                 f"samples of block {block} are not finite: the weights have diverged; use an older checkpoint"
             )
-        images = torch.cat([self.latents.decode(part) for part in drawn.split(recipe.decode)])
+        images = torch.cat([self.latents.decode(part, recipe.decode) for part in drawn.split(recipe.decode)])
         return images[: recipe.size_of(block)].permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
     def _precision(self):
