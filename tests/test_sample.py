@@ -291,7 +291,7 @@ class Network(torch.nn.Module):
         self.seen.append((torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision))
         return torch.zeros_like(x), {}
 
-    def decode(self, latents):
+    def decode(self, latents, at_a_time):
         self.forward(latents, None, None)
         return torch.zeros(len(latents), 3, 8, 8, dtype=torch.uint8)
 
