@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from repa_scale import cuda
+from repa_scale.caches import use_local_caches
 from repa_scale.errors import ConfigError, MachineError
 from repa_scale.placement import adopt
 from repa_scale.rendezvous import elastic_store
@@ -45,6 +46,7 @@ class Ranks:
             ConfigError: the launcher's variables are incomplete, or `pick_device` refuses `device`.
         """
         place = adopt(environment)
+        use_local_caches(environment)
         return cls(
             place.rank, place.local_rank, place.world_size, pick_device(device, place.local_rank), place.local_size
         )
