@@ -85,7 +85,8 @@ def test_a_gpu_that_is_not_well_is_named(nvidia_smi, check, setting, words):
         (replace(HOPPER, nccl=None), "FAIL", "has no NCCL"),
         (replace(HOPPER, built="12.6", oldest=(5, 0)), "FAIL", "nvidia-dali-cuda130 is not for CUDA 12.6"),
         (replace(HOPPER, driver=None, gpus=0, capabilities=()), "warn", "there is no NVIDIA driver"),
-        (Facts(torch="2.13.0+cpu", driver="13.0", gpus=8), "FAIL", "is not a CUDA build, though there is a driver"),
+        (Facts(torch="2.13.0+cpu", driver="13.0", gpus=8), "FAIL", "8 GPUs, but torch 2.13.0+cpu is not a CUDA build"),
+        (Facts(torch="2.13.0+cpu", driver="13.0"), "FAIL", "is not a CUDA build, though there is a driver"),
         (Facts(torch="2.13.0+cpu"), "note", "is not a CUDA build"),
     ],
 )
