@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from repa_scale import cuda, host_group, timeouts
+from repa_scale.caches import use_local_caches
 from repa_scale.errors import ConfigError, MachineError
 from repa_scale.placement import adopt
 from repa_scale.rendezvous import elastic_store, meeting_store
@@ -54,6 +55,7 @@ class Ranks:
             ConfigError: the launcher's variables are incomplete, or `pick_device` refuses `device`.
         """
         place = adopt(environment)
+        use_local_caches(environment)
         with telling(place.rank, place.world_size):
             found = pick_device(device, place.local_rank)
         return cls(place.rank, place.local_rank, place.world_size, found, place.local_size)

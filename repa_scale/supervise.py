@@ -126,9 +126,8 @@ class Supervisor:
             last = ended
             met = met and f"; not counted, as it met {met}"
             self._note("restart", ended, starts, f"waits {pause:g} s{met}")
-            _say(
-                f"start {starts} ended: {ended.state}, {ended.reason or f'code {ended.code}'}{met}; again in {pause:g} s"
-            )
+            reason = ended.reason or f"code {ended.code}"
+            _say(f"start {starts} ended: {ended.state}, {reason}{met}; again in {pause:g} s")
             held = self._awaited([*(p for p in held if isinstance(p, Process)), *ended.left], ended, starts)
             self._sleep(pause)
             if self._stopping:
@@ -163,9 +162,7 @@ class Supervisor:
         # Ranks that only lost their partner leave other codes than the one that found the reason.
         chosen = (bad or sorted(left, key=lambda each: -each["code"]) or [{"code": abs(code), "error": ""}])[0]
         elsewhere = [process for each in left for process in each.get("left", ())]
-        return Ended(
-            state, chosen["code"], reason or chosen["error"], _newest_step(self.folder), (*stuck, *elsewhere)
-        )
+        return Ended(state, chosen["code"], reason or chosen["error"], _newest_step(self.folder), (*stuck, *elsewhere))
 
     def _awaited(self, left: list[Process | str], ended: Ended, starts: int) -> list[Process | str]:
         """Those of `left` that are still there after a while; what other machines hold cannot be seen from here."""

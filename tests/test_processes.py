@@ -146,7 +146,7 @@ def failing(monkeypatch, tmp_path, lefts, failures=2):
 
 
 def test_a_start_that_met_survivors_does_not_count(held, clock, monkeypatch, tmp_path, capsys):
-    """The first fails and leaves one; the second meets it, until it ends; the third fails by itself, the second time."""
+    """The first fails and leaves one; the second meets it, until it ends; the third fails by itself."""
     held.until = 310.0
     code, incidents = failing(monkeypatch, tmp_path, [(STUCK,), (), ()])
     assert code == 70 and [kind for kind, _ in incidents] == [

@@ -160,7 +160,7 @@ class Batches:
 
 
 def ahead(steps: Iterator[int], read: Callable, threads: int, begin: Callable[[], None]) -> Iterator:
-    """`read` of each step, in order, by threads: one each, and one more, are held at a time. Each calls `begin` first."""
+    """`read` of each step, in order, by threads that call `begin` first: one each, and one more, are held at a time."""
     pool = ThreadPoolExecutor(threads, thread_name_prefix="feeding", initializer=begin)
     try:
         coming = deque(pool.submit(read, next(steps)) for _ in range(threads + 1))

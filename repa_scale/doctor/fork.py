@@ -16,8 +16,10 @@ REMEDY = "export FI_EFA_FORK_SAFE=1 (it is forwarded), or use Linux 5.13 with rd
 
 
 def fork(look: Look) -> list[Finding]:
-    """Whether libfabric's EFA provider lets a process fork; without support it aborts it. Nothing where there is no EFA:
-    NCCL asks for fork support itself where it uses InfiniBand without libfabric."""
+    """Whether libfabric's EFA provider lets a process fork; without support it aborts it.
+
+    Nothing where there is no EFA: NCCL asks for fork support itself where it uses InfiniBand without libfabric.
+    """
     devices = efa_devices()
     if not devices:
         return []
@@ -26,7 +28,9 @@ def fork(look: Look) -> list[Finding]:
     if status == UNNEEDED or asked:
         why = "the kernel copies pages on fork" if status == UNNEEDED else f"{asked[0]} is set"
         return [Finding("fork", OK, f"{len(devices)} EFA devices; {why}")]
-    kernel = f"Linux {platform.release()} does not copy pages on fork" if status is not None else "libibverbs cannot tell"
+    kernel = (
+        f"Linux {platform.release()} does not copy pages on fork" if status is not None else "libibverbs cannot tell"
+    )
     found = f"{len(devices)} EFA devices; {kernel}, and libfabric ends a process that forks loader workers"
     return [Finding("fork", WARN, found, REMEDY)]
 

@@ -201,10 +201,10 @@ def describe(plan) -> str:
     for node in plan.nodes():
         host, ranks = plan.hosts[node], plan.ranks_of(node)
         gpus = gpus_of(host.slots, plan.visible)
+        shown = "" if gpus is None else f" (GPUs {gpus})" if visible(gpus) else " (no GPU)"
         lines.append(
             f"node {node}       {host.name}: ranks {', '.join(map(str, ranks))} on slots "
-            f"{','.join(map(str, host.slots))}{'' if gpus is None else f' (GPUs {gpus})' if visible(gpus) else ' (no GPU)'}; "
-            f"rendezvous at {master}; {sys.executable}"
+            f"{','.join(map(str, host.slots))}{shown}; rendezvous at {master}; {sys.executable}"
         )
     words = deepspeed_words(plan, "HOSTS", address or "ADDRESS", port or "PORT", "JOB")
     lines.append(f"starts       {' '.join(words)}")

@@ -49,7 +49,7 @@ def visible(value: str | None, where: str = "") -> list[str] | None:
 
 
 def gpus_of(slots: Sequence[int], value: str | None, where: str = "") -> str | None:
-    """CUDA_VISIBLE_DEVICES for the ranks of `slots`, the GPU of local rank k at place k; None: deepspeed's own is right.
+    """CUDA_VISIBLE_DEVICES for the ranks of `slots`: local rank k has the GPU at place k. None: what deepspeed sets.
 
     Raises:
         ConfigError: there is no GPU for a slot, or the ranks cannot work on what the value names.
@@ -68,7 +68,7 @@ def gpus_of(slots: Sequence[int], value: str | None, where: str = "") -> str | N
     chosen = [shown[slot] for slot in slots]
     if len(chosen) > 1 and MIG.fullmatch(chosen[0]):
         raise ConfigError(
-            f"{said}: a process sees one MIG instance, so the ranks of a node cannot share such a list; use whole GPUs, "
+            f"{said}: a process sees one MIG instance, so ranks of one node cannot share such a list; use whole GPUs, "
             "or one rank per node (--num_gpus 1)"
         )
     return ",".join(chosen)
