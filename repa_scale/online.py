@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from repa_scale import arithmetic
 from repa_scale.config import Config
 from repa_scale.data.batches import DataSet, decode
 from repa_scale.ema import ShardEma
@@ -194,7 +195,7 @@ class OnlineEvaluation:
     def _files(self, extractor: Extractor) -> list[Path]:
         """Where the statistics may lie, the best place first."""
         essence = (self.dataset.fingerprint, extractor.fingerprint, self.config.evaluate.reference_count)
-        name = statistics_name(extractor.name, *essence)
+        name = statistics_name(extractor.name, *essence, arithmetic=arithmetic.name(self.ranks.device, "fp32"))
         return [home / FOLDER / name for home in (self.dataset.path, Path(self.config.run.dir))]
 
     def _known(self, extractor: Extractor) -> Moments | None:

@@ -120,10 +120,9 @@ def run(config, origin) -> ExitCode:
     if kept:
         log.info("resuming with stored values instead of defaults: %s", "; ".join(kept))
     if config.train.deterministic:
-        import torch
+        from repa_scale.deterministic import use_deterministic_algorithms
 
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+        use_deterministic_algorithms()
     from repa_scale.engine import import_deepspeed
     from repa_scale.files import write_atomically
     from repa_scale.redact import redacted

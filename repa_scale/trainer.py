@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from repa_scale import devices, evaluations, timeouts
+from repa_scale import arithmetic, devices, evaluations, timeouts
 from repa_scale.checkpoint import MANIFEST, step_folder
 from repa_scale.clock import Clock
 from repa_scale.config import Config
@@ -73,6 +73,7 @@ class Trainer:
         ds_config: dict,
         decoder: str = "pillow",
     ) -> None:
+        arithmetic.use(arithmetic.of_training(config.train.precision))
         self.config, self.ranks, self.dataset = config, ranks, dataset
         self.run, self.tracker, self.identity = run, tracker, identity
         self.decoder = decoder
