@@ -44,11 +44,11 @@ def main(argv: list[str]) -> int:
     if args.bench:
         return _bench(args)
     _check_words(args)
-    ranks = _join(args.device if args.moments or args.tokens else "cpu")
-    try:
+    ranks = Ranks.from_environment(args.device if args.moments or args.tokens else "cpu")
+    if ranks.world_size == 1:
         return _prepare(args, ranks)
-    finally:
-        ranks.leave()
+    with ranks.joined(words_only=True):  # they only exchange words
+        return _prepare(args, ranks)
 
 
 def _prepare(args: argparse.Namespace, ranks: Ranks) -> int:
@@ -151,14 +151,6 @@ def _check_words(args: argparse.Namespace) -> None:
         raise ConfigError(f"--limit {args.limit} must be at least 1")
     if args.flip and not (args.moments or args.tokens):
         raise ConfigError("--flip stores features of mirrored pictures; give --moments or --tokens, or leave it out")
-
-
-def _join(device: str) -> Ranks:
-    """This process among those that torchrun or a scheduler started; they only exchange words."""
-    ranks = Ranks.from_environment(device)
-    if ranks.world_size > 1:
-        ranks.start(words_only=True)
-    return ranks
 
 
 def _manifest_of(folder: Path) -> dict[str, Any] | None:

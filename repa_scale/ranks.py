@@ -7,8 +7,8 @@ import logging
 import os
 import platform
 import socket
-from collections.abc import MutableMapping
-from contextlib import AbstractContextManager, closing
+from collections.abc import Iterator, MutableMapping
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -111,6 +111,19 @@ class Ranks:
             host_group.set_timeout(_timeout)
         if many and not words_only:
             host_group.open_group()
+
+    @contextmanager
+    def joined(self, words_only: bool = False) -> Iterator[None]:
+        """`start`, and `leave` at the end. After an error only a process alone leaves: others may be in a collective,
+        and leaving would wait for them."""
+        self.start(words_only=words_only)
+        try:
+            yield
+        except BaseException:
+            if self.world_size == 1:
+                self.leave()
+            raise
+        self.leave()
 
     def _init(self, backend: str, store: dist.Store | None, **words: object) -> None:
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, **words)

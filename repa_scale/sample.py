@@ -45,11 +45,8 @@ def main(argv: list[str]) -> int:
         _check(args)
         trained = load_trained(args.source, args.weights)
         settings = _settings(args, trained)
-    ranks.start()
-    try:
+    with ranks.joined():
         return _run(args, trained, settings, ranks)
-    finally:
-        ranks.leave()
 
 
 def _run(args: argparse.Namespace, trained: Trained, settings: SampleConfig, ranks: Ranks) -> ExitCode:

@@ -171,6 +171,20 @@ def test_a_rank_that_fails_leaves_its_outcome_and_ends(tmp_path, where):
 
 
 @pytest.mark.parametrize("world", [1, 2])
+def test_other_commands_leave_the_group_only_where_nobody_is_waited_for(monkeypatch, world):
+    left = []
+    monkeypatch.setattr(Ranks, "start", lambda self, **_: None)
+    monkeypatch.setattr(ranks, "leave_group", lambda: left.append("left"))
+    alone = Ranks(0, 0, world, torch.device("cpu"))
+    with pytest.raises(ValueError), alone.joined():
+        raise ValueError
+    assert left == ["left"] * (world == 1)
+    with alone.joined():
+        pass
+    assert len(left) == 1 + (world == 1)
+
+
+@pytest.mark.parametrize("world", [1, 2])
 def test_nccl_is_bound_to_its_device_and_objects_travel_over_gloo(monkeypatch, world):
     asked = {}
     host = SimpleNamespace(bound_device_id=torch.device("cuda", 1))
