@@ -43,11 +43,19 @@ def normal_of_seeds(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Sample number 0 of each seed: row i is `normal(seeds[i], purpose, step, [0], shape)`. -> (N, *shape) `dtype`."""
-    keys = torch.tensor([_key(seed, purpose) for seed in seeds], device=device).view(-1, 2, 1)
-    words = _sample_words(
-        (keys[:, 0], keys[:, 1]), step, torch.zeros(len(seeds), dtype=torch.int64, device=device), shape
-    )
-    return _to_normal(words).to(dtype).view(len(seeds), *shape)
+    return normal_of_keys(keys_of_seeds(seeds, purpose, device), step, shape, dtype=dtype)
+
+
+def keys_of_seeds(seeds: Sequence[int], purpose: str, device: torch.device | str = "cpu") -> Tensor:
+    """(N, 2, 1) int64: for `normal_of_keys`, which then copies nothing to the device."""
+    return torch.tensor([_key(seed, purpose) for seed in seeds], device=device).view(-1, 2, 1)
+
+
+def normal_of_keys(keys: Tensor, step: int, shape: tuple[int, ...], *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`normal_of_seeds` of seeds whose keys were made before: (N, 2, 1) int64 -> (N, *shape) `dtype`."""
+    index = torch.zeros(len(keys), dtype=torch.int64, device=keys.device)
+    words = _sample_words((keys[:, 0], keys[:, 1]), step, index, shape)
+    return _to_normal(words).to(dtype).view(len(keys), *shape)
 
 
 def uniform(

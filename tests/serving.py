@@ -95,8 +95,8 @@ def export(source, out, form="diffusers", **options):
 class Server:
     """A running `repa-scale serve`."""
 
-    def __init__(self, process, port):
-        self.process, self.port = process, port
+    def __init__(self, process, port, heard=lambda: ""):
+        self.process, self.port, self.heard = process, port, heard
 
     def ask(self, method="GET", path="/health", body=None, headers=None, timeout=60):
         """Status, headers and body of the answer; a dict is sent as JSON."""
@@ -120,10 +120,10 @@ class Server:
 
 
 @contextmanager
-def serving(folder, *words, environment=None):
+def serving(folder, *words, environment=None, program=("-m", "repa_scale")):
     """Starts a server on a free port; kills what is left of it at the end."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "repa_scale", "serve", str(folder), "--port", "0", *map(str, words)],
+        [sys.executable, *program, "serve", str(folder), "--port", "0", *map(str, words)],
         env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -141,7 +141,13 @@ def serving(folder, *words, environment=None):
             process.wait(30)
             listener.join(10)
             raise AssertionError(f"the server did not start: {line}{''.join(heard)[-3000:]}")
-        yield Server(process, int(found[1]))
+
+        def said():
+            """What it wrote to stderr, once it has ended."""
+            listener.join(10)
+            return "".join(heard)
+
+        yield Server(process, int(found[1]), said)
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)

@@ -20,6 +20,7 @@ from serving import export, serving, tiny_config, tiny_source
 
 from repa_scale.cli import main as cli
 from repa_scale.serving.batcher import Batcher, Closing, QueueFull, Wish
+from repa_scale.serving.faults import NotDrawn
 from repa_scale.serving.server import _token
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
@@ -437,7 +438,7 @@ def test_a_batch_that_fails_takes_none_of_the_others_along():
 
     batcher = Batcher(draw, max_batch=1, max_queue=4, linger=0)
     jobs = batcher.submit([wish(0), wish(1), wish(2)])
-    assert isinstance(jobs[1].image.exception(timeout=5), RuntimeError)
+    assert isinstance(jobs[1].image.exception(timeout=5), NotDrawn)
     assert jobs[0].image.result(timeout=5).shape == jobs[2].image.result(timeout=5).shape == (1, 1, 3)
     batcher.close(5)
     with pytest.raises(Closing):

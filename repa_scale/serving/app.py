@@ -25,6 +25,7 @@ from starlette.requests import ClientDisconnect
 from repa_scale.errors import UserError
 from repa_scale.serving.asked import Asked, Defaults, Limits, NotJson, parse
 from repa_scale.serving.batcher import Batcher, Closing, Draw, Job, QueueFull, Wish
+from repa_scale.serving.faults import LOST, NotDrawn
 from repa_scale.serving.labels import LabelNames
 
 LARGEST_BODY = 1 << 16  # bytes
@@ -89,13 +90,19 @@ class Meters:
         self.batch_images.observe(len(jobs))
 
 
-def create_app(service: Service) -> FastAPI:
-    """The application; its batcher starts with it and finishes what was accepted when it stops."""
+def create_app(service: Service, on_lost: Callable[[], None] = lambda: None) -> FastAPI:
+    """The application; its batcher starts with it and finishes what was accepted when it stops.
+
+    Args:
+        on_lost: called from another thread when nothing can be drawn any more; has to end the server.
+    """
     meters = Meters()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.batcher = Batcher(service.draw, service.max_batch, service.max_queue, service.linger, meters.batch)
+        app.state.batcher = Batcher(
+            service.draw, service.max_batch, service.max_queue, service.linger, meters.batch, on_lost
+        )
         meters.waiting.set_function(lambda: app.state.batcher.waiting)
         yield
         await asyncio.to_thread(app.state.batcher.close)
@@ -110,8 +117,9 @@ def create_app(service: Service) -> FastAPI:
     @app.get("/health")
     def health() -> JSONResponse:
         batcher: Batcher = app.state.batcher
-        state = "ok" if batcher.alive else "the drawing thread is dead"
-        return JSONResponse({"status": state, "waiting": batcher.waiting}, 200 if batcher.alive else 503)
+        alive = batcher.alive
+        state = "ok" if alive else LOST if batcher.lost else "the drawing thread has ended"
+        return JSONResponse({"status": state, "waiting": batcher.waiting}, 200 if alive else 503)
 
     @app.get("/metrics")
     def metrics() -> Response:
@@ -180,7 +188,10 @@ async def _wait(request: Request, batcher: Batcher, jobs: list[Job], timeout: fl
         everything.cancel()
     results = everything.result()
     if failed := [each for each in results if isinstance(each, BaseException)]:
-        raise Refused(500, f"drawing failed ({type(failed[0]).__name__}); the server's log says why")
+        first = failed[0]
+        if not isinstance(first, NotDrawn):
+            raise Refused(500, f"drawing failed ({type(first).__name__}); the server's log says why")
+        raise Refused(first.status, str(first), **({"Retry-After": "1"} if first.status == 503 else {}))
     return results
 
 

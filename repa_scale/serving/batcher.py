@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from repa_scale.serving.faults import LOST, NotDrawn, let_go
+
 log = logging.getLogger(__name__)
 
 
@@ -33,7 +35,8 @@ class Wish:
 
 @dataclass(eq=False)
 class Job:
-    """A wish on its way: `image` becomes (H, W, 3) uint8. `abandoned`: nobody waits for it any more."""
+    """A wish on its way: `image` becomes (H, W, 3) uint8, or raises NotDrawn. `abandoned`: nobody waits for it any
+    more."""
 
     wish: Wish
     image: Future = field(default_factory=Future)
@@ -63,6 +66,7 @@ class Batcher:
         max_queue: images that may wait.
         linger: seconds that the oldest image waits for company, where a batch is not full.
         observe: told of each finished batch.
+        on_lost: called once from the drawing thread when nothing can be drawn any more and every job has its answer.
     """
 
     def __init__(
@@ -72,12 +76,14 @@ class Batcher:
         max_queue: int,
         linger: float = 0.005,
         observe: Observe = lambda jobs, seconds: None,
+        on_lost: Callable[[], None] = lambda: None,
     ) -> None:
-        self._draw, self._observe = draw, observe
+        self._draw, self._observe, self._on_lost = draw, observe, on_lost
         self.max_batch, self.max_queue, self.linger = max_batch, max_queue, linger
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
         self._closing = False
+        self.lost = False  # the device, or the drawing thread
         self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
         self._thread.start()
 
@@ -88,7 +94,8 @@ class Batcher:
 
     @property
     def alive(self) -> bool:
-        return self._thread.is_alive()
+        """Whether images can still be drawn."""
+        return self._thread.is_alive() and not self.lost
 
     def submit(self, wishes: Sequence[Wish]) -> list[Job]:
         """Queues all images of a request, or none.
@@ -121,28 +128,48 @@ class Batcher:
         self._thread.join(timeout)
 
     def _work(self) -> None:
-        while (taken := self._next_batch()) is not None:
-            # From here on nobody can cancel the future, so that setting it never fails.
-            batch = [job for job in taken if job.image.set_running_or_notify_cancel()]
-            if not batch:
-                continue
-            began = time.monotonic()
-            try:
-                images = self._draw(
-                    [job.wish for job in batch], lambda batch=batch: not all(j.abandoned for j in batch)
-                )
-                outcomes = list(images)
-                if len(outcomes) != len(batch):
-                    raise RuntimeError(f"{len(outcomes)} images were drawn for {len(batch)}")
-            except BaseException as error:  # whatever happens to one batch, the next is drawn
-                log.exception("a batch of %d images failed", len(batch))
-                outcomes = [error] * len(batch)
-            for job, outcome in zip(batch, outcomes, strict=True):
-                if isinstance(outcome, BaseException):
-                    job.image.set_exception(outcome)
-                else:
-                    job.image.set_result(outcome)
-            self._observe(batch, time.monotonic() - began)
+        try:
+            while (taken := self._next_batch()) is not None:
+                if self._answer(taken):
+                    self._lose()
+        except BaseException:  # without this thread every request would wait until its time is over
+            log.exception("the drawing thread died")
+            self._lose()
+
+    def _answer(self, taken: list[Job]) -> bool:
+        """Draws a batch; whatever happens to it, its jobs are answered. Returns whether the device is lost.
+
+        A function of its own, so that nothing of a batch outlives it while the thread waits for the next.
+        """
+        # From here on nobody can cancel the future, so that setting it never fails.
+        batch = [job for job in taken if job.image.set_running_or_notify_cancel()]
+        if not batch:
+            return False
+        began = time.monotonic()
+        problem = None
+        try:
+            images = list(self._draw([job.wish for job in batch], lambda: not all(job.abandoned for job in batch)))
+            if len(images) != len(batch):
+                raise RuntimeError(f"{len(images)} images were drawn for {len(batch)}")
+        except BaseException as error:
+            problem = let_go(error, len(batch))
+        for number, job in enumerate(batch):
+            if problem is None:
+                job.image.set_result(images[number])
+            else:
+                job.image.set_exception(problem)
+        self._observe(batch, time.monotonic() - began)
+        return problem is not None and problem.lost
+
+    def _lose(self) -> None:
+        """Nothing can be drawn any more: those that wait are told, and no more are taken."""
+        with self._changed:
+            self.lost = self._closing = True
+            left, self._waiting = self._waiting, deque()
+        for job in left:
+            if job.image.set_running_or_notify_cancel():
+                job.image.set_exception(NotDrawn(LOST, 503, lost=True))
+        self._on_lost()
 
     def _next_batch(self) -> list[Job] | None:
         """The oldest job and those of its kind; waits for one. None: closed, and all is done."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -175,15 +176,14 @@ class SiTPipeline(DiffusionPipeline):
         self.scheduler.set_timesteps(
             defaults.num_inference_steps if steps is None else steps, device=state.device, sampler=sampler
         )
+        step_noise = self._step_noise(seeds, generator, state)
         guided = _Guided(self, numbers, scales, intervals, always=fixed_batch > 0, device=state.device)
         with self.progress_bar(total=len(self.scheduler.timesteps)) as bar:
-            for i, (t, at) in enumerate(
-                zip(self.scheduler.timesteps.tolist(), self.scheduler.guidance_times, strict=True)
-            ):
+            for i, (t, at) in enumerate(zip(self.scheduler.times, self.scheduler.guidance_times, strict=True)):
                 if self.interrupt:
                     break
                 drift = guided(state, t, at)
-                noise = self._step_noise(seeds, generator, i, total, state) if self.scheduler.needs_noise() else None
+                noise = step_noise(i) if self.scheduler.needs_noise() else None
                 state = self.scheduler.step(drift, t, state, noise=noise).prev_sample
                 if callback_on_step_end is not None:
                     back = callback_on_step_end(self, i, t, {"latents": state}) or {}
@@ -206,16 +206,18 @@ class SiTPipeline(DiffusionPipeline):
             noise = torch.cat([noise, noise.new_zeros(total - len(noise), *self.latent_shape)])
         return noise.double()
 
-    def _step_noise(self, seeds, generator, i: int, total: int, state: Tensor) -> Tensor:
+    def _step_noise(self, seeds, generator, state: Tensor) -> Callable[[int], Tensor]:
+        """Number of the evaluation -> the noise of its step, like `state`. Nothing is copied to the device then."""
         if seeds is None and generator is None:  # the noise was given as latents; the steps need some all the same
-            return torch.randn_like(state)
-        noise = self._draw(seeds, generator, "sampler noise", i, total, state.device)
-        return noise
+            return lambda i: torch.randn_like(state)
+        if seeds is None:
+            return lambda i: self._draw(None, generator, "sampler noise", i, len(state), state.device)
+        keys = rng.keys_of_seeds(_padded(seeds, len(state)), "sampler noise", state.device)
+        return lambda i: rng.normal_of_keys(keys, i, self.latent_shape)
 
     def _draw(self, seeds, generator, purpose: str, step: int, rows: int, device: torch.device) -> Tensor:
         if seeds is not None:
-            padded = [*seeds, *[0] * (rows - len(seeds))]
-            return rng.normal_of_seeds(padded, purpose, step, self.latent_shape, device=device)
+            return rng.normal_of_seeds(_padded(seeds, rows), purpose, step, self.latent_shape, device=device)
         from diffusers.utils.torch_utils import randn_tensor
 
         return randn_tensor((rows, *self.latent_shape), generator=generator, device=device, dtype=torch.float32)
@@ -240,6 +242,8 @@ class _Guided:
         self.labels = torch.tensor(numbers, device=device)
         self.scales, self.intervals = scales, intervals
         self.scale = torch.tensor(scales, dtype=torch.float64, device=device).view(-1, 1, 1, 1)
+        # Of the rows that are guided, on the device: they change a few times a sampling, not with each evaluation.
+        self.index_of, self.acts_of = lru_cache(self._index), lru_cache(self._acts)
 
     def __call__(self, state: Tensor, t: float, at: float) -> Tensor:
         """state: (N, C, H, W) float64; t: the model's time; at: where guidance is asked -> (N, C, H, W) float64."""
@@ -250,7 +254,7 @@ class _Guided:
         if not rows and not self.always:
             return self._drift(state, t, self.labels)
         everyone = self.always or len(rows) == len(state)
-        index = torch.arange(len(state), device=self.device) if everyone else torch.tensor(rows, device=self.device)
+        index = self.index_of(tuple(range(len(state)) if everyone else rows))
         nulls = torch.full((len(index),), self.pipe.labels.null, device=self.device)
         both = self._drift(torch.cat([state, state[index]]), t, torch.cat([self.labels, nulls]))
         drift, null = both[: len(state)], both[len(state) :]
@@ -259,9 +263,14 @@ class _Guided:
             return combined
         if not everyone:
             return drift.index_copy(0, index, combined)
-        acts = torch.zeros(len(state), 1, 1, 1, dtype=torch.bool, device=self.device)
-        acts[rows] = True
-        return torch.where(acts, combined, drift)
+        return torch.where(self.acts_of(tuple(rows)), combined, drift)
+
+    def _index(self, rows: tuple[int, ...]) -> Tensor:
+        return torch.tensor(rows, device=self.device)
+
+    def _acts(self, rows: tuple[int, ...]) -> Tensor:
+        """(N, 1, 1, 1) bool: true for these."""
+        return torch.tensor([i in rows for i in range(len(self.labels))], device=self.device).view(-1, 1, 1, 1)
 
     def _drift(self, states: Tensor, t: float, labels: Tensor) -> Tensor:
         times = torch.full((len(states),), t, dtype=torch.float32, device=states.device)
@@ -276,6 +285,10 @@ def _check_classes(source: str, index: dict[str, Any]) -> None:
                 f"{source}/model_index.json asks for {part} = {shown(value)}, which is no part of this pipeline; "
                 "nothing of it is loaded: export the run again"
             )
+
+
+def _padded(seeds: list[int], rows: int) -> list[int]:
+    return [*seeds, *[0] * (rows - len(seeds))]
 
 
 def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:

@@ -45,6 +45,7 @@ class SiTScheduler(SchedulerMixin, ConfigMixin):
         interval: tuple[float, float] = (0.0, 1.0),
     ) -> None:
         self.timesteps = torch.empty(0, dtype=torch.float64)
+        self.times: list[float] = []
         self.guidance_times: list[float] = []
         self.init_noise_sigma = 1.0
         self._position = 0
@@ -54,8 +55,9 @@ class SiTScheduler(SchedulerMixin, ConfigMixin):
     ) -> None:
         """Begins a sampling of `num_inference_steps` steps.
 
-        Sets `timesteps`, (E,) float64: the time of each evaluation; and `guidance_times`, the time at which each asks
-        whether guidance acts: that of the step's beginning.
+        Sets `timesteps`, (E,) float64: the time of each evaluation; `times`, the same as plain numbers, for which
+        nobody waits; and `guidance_times`, the time at which each asks whether guidance acts: that of the step's
+        beginning.
         """
         sampler = self.config.sampler if sampler is None else sampler
         if sampler not in SAMPLERS:
@@ -74,6 +76,7 @@ class SiTScheduler(SchedulerMixin, ConfigMixin):
         else:
             self._step_of, times = list(range(count)), self._grid[:-1]
         self.guidance_times = [self._grid[i] for i in self._step_of]
+        self.times = times
         self.timesteps = torch.tensor(times, dtype=torch.float64, device=device)
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:

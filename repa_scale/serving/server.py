@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from repa_scale.errors import DataError, ExitCode, UserError, reason, require
+from repa_scale.processes import end_process
 from repa_scale.sealed import MANIFEST, read_sealed
 from repa_scale.serving.asked import Defaults, Limits
 from repa_scale.serving.batcher import Wish
@@ -31,32 +33,57 @@ log = logging.getLogger(__name__)
 
 
 def main(argv: list[str]) -> int:
-    """Serves until SIGTERM or SIGINT; then finishes what was accepted."""
+    """Serves until SIGTERM or SIGINT; then finishes what was accepted. A failed GPU ends it with FAILED."""
     args = _parse(argv)
     for module in ("fastapi", "uvicorn", "prometheus_client"):
         require(module, "serve")
     token = _token(args.token_file)
     sockets = [_listen(args.host, args.port)]
-    pipe = open_pipeline(args.model, args.device, args.dtype)
-    if args.compile:
-        pipe.transformer.compile()
-    draw = Drawing(pipe, args.max_batch if args.fixed_batch or args.compile else 0)
-    draw.warm()
+    pipe, draw = _ready(args)
     service = _service(args, pipe, draw, token)
     import uvicorn
 
     from repa_scale.serving.app import create_app
 
-    config = uvicorn.Config(
-        create_app(service), log_level="warning", access_log=False, timeout_graceful_shutdown=int(args.timeout) + 1
-    )
+    def on_lost() -> None:
+        server.should_exit = True  # uvicorn looks at it ten times a second, and lets answers out first
+
+    app = create_app(service, on_lost)
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=int(args.timeout) + 1)
+    server = uvicorn.Server(config)
     where = sockets[0].getsockname()
     print(f"serving {args.model} at http://{where[0]}:{where[1]}", flush=True)
     # uvicorn raises the signal that stopped it once more at its end: by default that would kill a finished server.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    uvicorn.Server(config).run(sockets=sockets)
-    return ExitCode.COMPLETED
+    server.run(sockets=sockets)
+    if not app.state.batcher.lost:
+        return ExitCode.COMPLETED
+    print("repa-scale: error: the GPU has failed; the log above says how. Start the server again", file=sys.stderr)
+    end_process(ExitCode.FAILED)  # without CUDA's destructors, which abort on a broken context
+
+
+def _ready(args: argparse.Namespace) -> tuple[SiTPipeline, Drawing]:
+    """The pipeline on its device, and its drawing after the first image.
+
+    Raises:
+        UserError: the device cannot hold it, or does not work.
+    """
+    from repa_scale import arithmetic
+    from repa_scale.serving.faults import at_start
+
+    arithmetic.use("fp32")  # what --dtype fp32 says, on a GPU too
+    try:
+        pipe = open_pipeline(args.model, args.device, args.dtype)
+        if args.compile:
+            pipe.transformer.compile()
+        draw = Drawing(pipe, args.max_batch if args.fixed_batch or args.compile else 0)
+        draw.warm()
+    except Exception as error:
+        if line := at_start(error):
+            raise UserError(f"--device {args.device}: {line}") from None
+        raise
+    return pipe, draw
 
 
 class Drawing:
@@ -67,8 +94,11 @@ class Drawing:
     """
 
     def __init__(self, pipe: SiTPipeline, fixed: int = 0) -> None:
+        from repa_scale.devices import use
+
         pipe.set_progress_bar_config(disable=True)
-        self.pipe, self.fixed = pipe, fixed
+        self.pipe, self.fixed, self._use = pipe, fixed, use
+        use(pipe.device)
 
     def __call__(self, wishes: Sequence[Wish], wanted: Callable[[], bool] = lambda: True) -> np.ndarray:
         """Wishes of one kind -> (N, H, W, 3) uint8."""
@@ -77,6 +107,7 @@ class Drawing:
             pipe.interrupt = not wanted()
             return {}
 
+        self._use(self.pipe.device)  # the batcher's thread begins on GPU 0
         return self.pipe(
             [wish.label for wish in wishes],
             seed=[wish.seed for wish in wishes],

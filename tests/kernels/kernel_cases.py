@@ -114,17 +114,18 @@ def _add(cases: dict, check: Callable, shape: tuple, pair: tuple, flavour: str =
 def made(shape: tuple[int, ...], dtype: torch.dtype, flavour: str, seed: int, device: str) -> Tensor:
     """(N, T, z) normal numbers, as a view or with values as the flavour says. Rows around a view hold NaN."""
     n, tokens, width = shape
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    # On the device: a core takes seconds for 100 million numbers, and the tests of a GPU share the cores.
+    generator = torch.Generator(device).manual_seed(seed)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64, device=device)
     # Tiny: a length of a third of EPS, where it is a constant in the gradient (fp16 does not reach so far down).
     # Vanishing: squares underflow.
     tiny, vanishing = (1e-4, 1e-7) if dtype is FP16 else (3e-14, 1e-25)
     x *= {"huge": 1e4, "tiny": tiny, "vanishing": vanishing}.get(flavour, 1.0)
     if flavour == "large mean":
-        x += 50 * torch.randn(width, generator=generator, dtype=torch.float64)
+        x += 50 * torch.randn(width, generator=generator, dtype=torch.float64, device=device)
     if flavour == "zeros":
         x[seed % n, 0] = 0.0
-    x = x.to(dtype).to(device)
+    x = x.to(dtype)
     if flavour == "not finite":
         for i, value in enumerate((math.nan, math.inf, -math.inf)):
             x.view(-1, width)[2 * i + seed, -1] = value

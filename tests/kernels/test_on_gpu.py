@@ -22,10 +22,14 @@ if REHEARSAL:
 
 @pytest.fixture(autouse=True)
 def exact_products():
-    """Products in fp32 are compared with float64, so TF32 stays off."""
-    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
+    """Products in fp32 are compared with float64, so TF32 stays off, in the convolutions of an encoder too."""
+    homes = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [home.allow_tf32 for home in homes]
+    for home in homes:
+        home.allow_tf32 = False
     yield
-    torch.backends.cuda.matmul.allow_tf32 = before
+    for home, value in zip(homes, before, strict=True):
+        home.allow_tf32 = value
 
 
 @pytest.mark.parametrize("case", CASES)
