@@ -281,7 +281,7 @@ def test_the_matrix_product_is_measured_once_for_all_processes(monkeypatch, tmp_
     [
         ("train_throughput --way ours --compile", "train_throughput.jsonl", {"host_seconds", "mfu_of_product"}),
         ("train_throughput --way ours --stage 2 --no-overflow-check", "train_throughput.jsonl", {"limit_seconds"}),
-        ("profile_step", "profile_step.jsonl", {"phases", "gaps"}),
+        ("profile_step", "other.jsonl", {"phases", "gaps"}),
         ("kernels", "kernels.jsonl", {"limit_seconds"}),
     ],
 )
