@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Fills a folder with the wheels that benchmarks/gpu.sh needs on an offline machine that has torch, Triton, timm and
-# pytest, but not DeepSpeed and what it imports. Run it where there is a network, then carry the folder along.
+# pytest, but not DeepSpeed, diffusers, FastAPI and what they import. Run it where there is a network, then carry the
+# folder along.
 #
 #   benchmarks/gpu_wheels.sh DIR PYTHON_VERSION [--public CHECKOUT] [NAME[==VERSION] ...]
 #
@@ -28,6 +29,9 @@ shift 2
 deepspeed=$(grep '^deepspeed==' "$root/constraints.txt")
 # What DeepSpeed imports when it starts, beyond torch, numpy, packaging and tqdm, which come with torch and timm.
 needs=(einops hjson msgpack psutil pydantic) extra=() public=""
+# What sampling, preparing and serving import. Without dependencies: numpy and Pillow are the machine's own.
+serving=(annotated-doc anyio certifi charset-normalizer click diffusers fastapi h11 httpcore httpx idna
+    importlib-metadata opentelemetry-api prometheus-client regex requests sniffio starlette urllib3 uvicorn zipp)
 while [ $# -gt 0 ]; do
     case ${1%%==*} in
     --public)
@@ -54,6 +58,7 @@ target=(--only-binary=:all: --python-version "$version" --dest "$out"
 # DeepSpeed has a source package alone; without its compiled operators it is pure Python.
 DS_BUILD_OPS=0 DS_ACCELERATOR=cpu pip wheel --no-deps --wheel-dir "$out" "$deepspeed"
 pip download "${target[@]}" "${needs[@]}"
+pip download --no-deps "${target[@]}" --constraint "$root/constraints.txt" "${serving[@]}"
 [ ${#extra[@]} -eq 0 ] || pip download --no-deps "${target[@]}" "${extra[@]}"
 if [ -n "$public" ]; then
     mkdir -p "$out/public/models"

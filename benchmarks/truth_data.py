@@ -29,7 +29,7 @@ def make_set(folder: Path) -> Path:
     recipe = Recipe(SIZE)
     items = [Item(f"direction {number % CLASSES}/{number}.png", number % CLASSES, None, -1) for number in range(COUNT)]
     samples = [
-        {"image": _png(_grating(item.label, random)), "label": item.label, "id": item.id, "name": item.name}
+        {"image": _png(grating(item.label, random)), "label": item.label, "id": item.id, "name": item.name}
         for item in items
     ]
     folder.mkdir(parents=True)
@@ -70,10 +70,10 @@ def make_set(folder: Path) -> Path:
     return folder
 
 
-def _grating(label: int, random: np.random.RandomState) -> np.ndarray:
-    """(SIZE, SIZE, 3) uint8."""
+def grating(label: int, random: np.random.RandomState, size: int = SIZE) -> np.ndarray:
+    """A picture of class `label`: (size, size, 3) uint8."""
     angle = np.pi * label / CLASSES
-    y, x = np.mgrid[:SIZE, :SIZE] / SIZE
+    y, x = np.mgrid[:size, :size] / size
     wave = np.sin(2 * np.pi * (3 * (x * np.cos(angle) + y * np.sin(angle)) + random.rand()))
     colors = random.rand(2, 3)
     mixed = (wave[..., None] + 1) / 2 * colors[0] + (1 - wave[..., None]) / 2 * colors[1]

@@ -13,7 +13,11 @@ PRESENT = (
     "torch", "torchvision", "triton", "timm", "numpy", "pillow", "safetensors", "xxhash", "rich",
     "pytest", "pytest-timeout", "pytest-xdist", "pip",
 )  # fmt: skip
-CARRIED = ("deepspeed", "einops", "hjson", "msgpack", "psutil", "pydantic")  # benchmarks/gpu_wheels.sh brings these
+CARRIED = (
+    "deepspeed", "einops", "hjson", "msgpack", "psutil", "pydantic",
+    "diffusers", "fastapi", "uvicorn", "prometheus-client",
+)  # fmt: skip
+# benchmarks/gpu_wheels.sh brings these
 
 
 def closure(names: tuple[str, ...]) -> dict[str, metadata.Distribution]:
