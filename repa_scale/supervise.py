@@ -151,7 +151,7 @@ class Supervisor:
                 except subprocess.TimeoutExpired:
                     known.update(marked(MARK, mark))  # one that is ending is not found any more
             stuck = end_all_marked(MARK, mark, known, lambda left: _say(f"waits for {', '.join(map(str, left))}"))
-            left = [json.loads(path.read_text()) for path in Path(outcomes).glob("rank_*.json")]
+            left = _outcomes(Path(outcomes))
         status = _status(self.folder)
         state, reason = status.get("state", ""), status.get("reason", "")
         if status == before:  # this start did not come so far as to write it
@@ -202,6 +202,15 @@ class Supervisor:
                 checkpoint_step=ended.progress,
                 what=what,
             )
+
+
+def _outcomes(folder: Path) -> list[dict]:
+    """What the ranks left. A rank that was killed while it wrote, or whose disk was full, leaves a file cut short."""
+    found = []
+    for path in sorted(folder.glob("rank_*.json")):
+        with suppress(OSError, ValueError):
+            found.append(json.loads(path.read_text()))
+    return found
 
 
 def _status(run: Path) -> dict:

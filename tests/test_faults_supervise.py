@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from launching import BIN, SMALL, Launch, end_all, exact, free_port, last_step, train
 
+from repa_scale.errors import OUTCOME_VARIABLE
 from repa_scale.processes import end_all_marked
 from repa_scale.run_folder import read_incidents, read_status
-from repa_scale.supervise import MARK
+from repa_scale.supervise import MARK, Supervisor
 
 pytestmark = [pytest.mark.faults, pytest.mark.distributed]
 
@@ -132,6 +133,15 @@ def test_a_command_that_only_says_success_is_not_believed(tmp_path):
 
 
 @pytest.mark.long
+def test_an_outcome_that_a_full_disk_cut_short_is_passed_over(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    cut = f"printf '{{' > ${OUTCOME_VARIABLE}/rank_0.json; : > ${OUTCOME_VARIABLE}/rank_1.json; exit 70"
+    whole = f'printf \'{{"code": 64, "error": "rank 2 says why"}}\' > ${OUTCOME_VARIABLE}/rank_2.json'
+    assert Supervisor(["sh", "-c", cut], tmp_path, failures=1, pause=0.1).run() == 70
+    assert Supervisor(["sh", "-c", f"{whole}; {cut}"], tmp_path, failures=1, pause=0.1).run() == 64
+    assert "rank 2 says why" in capsys.readouterr().err
+
+
 def test_sigterm_to_the_supervisor_saves_the_run(words, tmp_path):
     run = tmp_path / "run"
     supervised = Supervised([*words, "train.steps=100000"], run)
