@@ -25,6 +25,8 @@ RUN = ["experiment=demo_baseline", "model.name=SiT-Nano/2", "train.global_batch=
         ("", range(2), ""),
         ("-1", range(2), "-1"),
         ("-1,0", range(2), "-1,0"),
+        ("NoDevFiles", range(2), "NoDevFiles"),
+        ("4,5,", range(2), "4,5"),
         ("4,5", range(2), "4,5"),
         ("5,4", range(2), "5,4"),
         ("4,5", [1], "5"),

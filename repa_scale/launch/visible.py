@@ -13,6 +13,7 @@ from repa_scale.errors import ConfigError
 
 VARIABLE = "CUDA_VISIBLE_DEVICES"
 NUMBER, UUID, MIG = re.compile(r"\d+"), re.compile(r"GPU-[0-9a-fA-F-]+"), re.compile(r"MIG-[0-9a-zA-Z/-]+")
+HIDDEN = "NoDevFiles"  # Slurm's value for a job without GPUs
 FORMS = "give numbers (4,5) or UUIDs (GPU-..., from nvidia-smi -L), of one kind"
 
 
@@ -31,8 +32,10 @@ def visible(value: str | None, where: str = "") -> list[str] | None:
     if value is None:
         return None
     entries = [entry.strip() for entry in value.split(",")]
-    if entries == [""] or re.fullmatch(r"-\d+", entries[0]):
+    if entries[0] == HIDDEN or entries == [""] or re.fullmatch(r"-\d+", entries[0]):
         return []
+    if entries[-1] == "":  # a comma at the end ends nothing early
+        entries.pop()
     said = f"{where}{VARIABLE}={value}"
     for kind in (NUMBER, UUID, MIG):
         if kind.fullmatch(entries[0]):
