@@ -108,6 +108,22 @@ def test_after_a_lost_gpu_everyone_is_answered_and_nothing_more_is_taken():
     batcher.close(5)
 
 
+def test_a_gpu_that_cannot_even_free_its_memory_is_lost_and_its_batch_answered(monkeypatch):
+    def refuse():
+        raise ERRORS["assert"][0]
+
+    def draw(wishes, wanted):
+        raise ERRORS["memory"][0]
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", refuse)
+    lost = threading.Event()
+    batcher = Batcher(draw, max_batch=2, max_queue=8, linger=0, on_lost=lost.set)
+    failed = [job.image.exception(timeout=5) for job in batcher.submit([wish(0), wish(1)])]
+    assert all(each.status == 503 and each.lost for each in failed) and lost.wait(5)
+    batcher.close(5)
+
+
 def test_a_drawing_thread_that_dies_leaves_nobody_waiting():
     def observe(jobs, seconds):
         raise OSError("no counters")

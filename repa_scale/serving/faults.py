@@ -55,8 +55,12 @@ def let_go(error: BaseException, images: int) -> NotDrawn:
     if device_lost(error):
         return NotDrawn(LOST, 503, lost=True)
     if out_of_memory(error):
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()  # fragments: the next batch may need other sizes
+        try:
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()  # fragments: the next batch may need other sizes
+        except RuntimeError as failed:  # the batch failed for more than its memory, and still has to be answered
+            log.error("the GPU's memory cannot be freed: %s", reason(failed))
+            return NotDrawn(LOST, 503, lost=True)
         what = f"{images} images" if images > 1 else "the image"
         return NotDrawn(f"memory does not suffice to draw {what} at a time; ask for fewer images, or try again", 503)
     return NotDrawn(f"drawing failed ({type(error).__name__}); the server's log says why")
