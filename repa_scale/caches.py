@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -96,11 +97,11 @@ def _mounts() -> list[tuple[Path, str, str]]:
     """Place, kind and options of all mounts; a later one covers an earlier one."""
     found = []
     with suppress(OSError):
-        for line in MOUNTS.read_text().splitlines():
+        for line in os.fsdecode(MOUNTS.read_bytes()).split("\n"):
             before, _, after = line.partition(" - ")
-            words, kind = before.split(), after.split()
+            words, kind = before.split(" "), after.split(" ")
             if len(words) > 5 and kind:
-                place = words[4].encode().decode("unicode_escape")  # blanks are \040
+                place = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), words[4])  # blanks are \040
                 found.append((Path(place), kind[0], words[5]))
     return found
 

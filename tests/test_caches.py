@@ -4,6 +4,7 @@ import fcntl
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -124,3 +125,14 @@ def test_triton_and_inductor_read_what_is_set(node):
                                    capture_output=True, text=True)).stdout:  # fmt: skip
         pytest.skip(done.stderr.splitlines()[-1])
     assert done.stdout.strip() == f"{environment['HOME']} {environment['HOME']}"
+
+
+def test_mounts_with_names_beyond_ascii(tmp_path, monkeypatch):
+    """In UTF-8, in another encoding, and with the bytes that the kernel writes in octal."""
+    mounts = tmp_path / "mountinfo"
+    lines = ["23 22 0:23 / /home/jürgen\\040k rw - nfs4 x rw".encode(), b"24 22 0:24 / /home/j\xfcrgen rw - nfs4 x rw"]
+    mounts.write_bytes(b"\n".join([ROOT.encode(), *lines]) + b"\n")
+    monkeypatch.setattr(caches, "MOUNTS", mounts)
+    found = caches._mounts()
+    for home in (os.fsencode("/home/jürgen k/.triton"), b"/home/j\xfcrgen/.triton"):
+        assert caches._mount_of(Path(os.fsdecode(home)), found)[0] == "nfs4"
