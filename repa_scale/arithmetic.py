@@ -7,6 +7,7 @@ By default torch computes convolutions on CUDA in TF32 (10 bits of mantissa) and
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -15,6 +16,9 @@ import torch
 
 MODES = {"fp32": "ieee", "tf32": "tf32"}
 T = TypeVar("T")
+_lock = threading.Lock()
+_blocks: list[list[str]] = []  # the modes of the blocks that threads stand in, the latest last
+_found: tuple[str, bool, list[str]]  # what the first of them found
 
 
 def use(mode: str) -> None:
@@ -29,16 +33,26 @@ def use(mode: str) -> None:
 
 @contextmanager
 def within(mode: str) -> Iterator[None]:
-    """The arithmetic of float32 in a block. The switches are the process's: threads beside it compute alike."""
-    before = _state()
-    use(mode)
-    if _state() == before:  # another thread may stand in a block of the same mode: nothing to give back
-        yield
-        return
+    """The arithmetic of float32 in a block. The switches are the process's: threads beside it compute alike. Where
+    blocks of several threads overlap, the last to end gives back what the first found."""
+    global _found
+    with _lock:
+        if not _blocks:
+            _found = _state()
+        if not _blocks or _blocks[-1][0] != mode:  # setting passes through other states, and a thread may compute
+            use(mode)
+        _blocks.append(block := [mode])
     try:
         yield
     finally:
-        _set(*before)
+        with _lock:
+            last = _blocks[-1][0]
+            _blocks[:] = [each for each in _blocks if each is not block]
+            if not _blocks:
+                if _state() != _found:
+                    _set(*_found)
+            elif _blocks[-1][0] != last:
+                use(_blocks[-1][0])
 
 
 def of_training(precision: str) -> str:

@@ -1,6 +1,7 @@
 """float32 is what a recipe says: in convolutions and in matrix products, whatever was set before."""
 
 import re
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,6 +74,27 @@ def test_a_block_gives_back_what_it_found(start):
     assert arithmetic._state() == before
     with pytest.raises(ZeroDivisionError), arithmetic.within("tf32"):
         raise ZeroDivisionError
+    assert arithmetic._state() == before
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_blocks_of_threads_that_overlap_end_in_any_order(start):
+    STARTS[start]()
+    before = arithmetic._state()
+    inside, go = threading.Event(), threading.Event()
+
+    def first():
+        with arithmetic.within("fp32"):
+            inside.set()
+            go.wait(5)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert inside.wait(5)
+    with arithmetic.within("fp32"):
+        go.set()
+        thread.join()
+        assert switches() == FP32, "the block that ended first took the arithmetic of the other"
     assert arithmetic._state() == before
 
 
