@@ -10,28 +10,58 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import time
 import uuid
 from datetime import timedelta
 
 import torch.distributed as dist
 
+from repa_scale.errors import UserError
+
 POLL_SECONDS = 0.05
+SLICE = timedelta(seconds=5)  # of a connection
 
 
 def meeting_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
     """torchrun's store, or one that rank 0 opens at MASTER_ADDR and MASTER_PORT; under a prefix of its own.
 
     Raises:
+        UserError: another program has the port.
         RuntimeError, TimeoutError: it cannot be reached, or opened.
     """
     store = elastic_store(rank, world_size, timeout)
     if store is None:
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(
-            address, port, world_size, is_master=rank == 0, timeout=timeout, wait_for_workers=False, multi_tenant=True
-        )
+        store = _opened(world_size, timeout) if rank == 0 else _reached(world_size, timeout)
     return dist.PrefixStore("repa_scale", store)
+
+
+def _opened(world_size: int, timeout: timedelta) -> dist.TCPStore:
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        return dist.TCPStore(address, port, world_size, True, timeout, wait_for_workers=False, multi_tenant=True)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise UserError(
+            f"MASTER_PORT={port} is taken by another program on {platform.node()}; give another port (--master_port), "
+            "or end that program"
+        ) from None
+
+
+def _reached(world_size: int, timeout: timedelta) -> dist.TCPStore:
+    """In slices: torch hears no Ctrl-C while it connects, and rank 0 may come half an hour later."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    until = time.monotonic() + timeout.total_seconds()
+    while True:
+        try:
+            store = dist.TCPStore(address, port, world_size, False, min(timeout, SLICE), wait_for_workers=False)
+        except dist.DistNetworkError:
+            if time.monotonic() > until:
+                raise
+        else:
+            store.set_timeout(timeout)
+            return store
 
 
 def elastic_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store | None:

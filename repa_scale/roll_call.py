@@ -195,7 +195,7 @@ def _tell(rank: int, world: int, error: Exception) -> None:
     user = isinstance(error, UserError)
     text = str(error) if user else f"{type(error).__name__}: {reason(error)}"
     speaks = True
-    with suppress(RuntimeError, TimeoutError, KeyError, ValueError):  # the others are not there, or gone
+    with suppress(RuntimeError, TimeoutError, KeyError, ValueError, UserError):  # the others are not there, or gone
         store = meeting_store(rank, world, timedelta(seconds=timeouts.TELL))
         report = Report(platform.node(), error=text, user=user)
         speaks = rank in call(store, rank, world, report, timeouts.TELL).speakers
