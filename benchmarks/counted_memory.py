@@ -13,6 +13,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -31,6 +32,9 @@ class Counter(TorchDispatchMode):
         self.seen |= {tensor.untyped_storage()._cdata for tensor in tensors}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "repa_scale":  # its stand-in for fake tensors makes no buffers on the way
+            with self:
+                return OPDEFS[function._schema.name]._init_fn(*args, **(kwargs or {}))
         out = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self.seen:
@@ -46,11 +50,19 @@ class Counter(TorchDispatchMode):
         self.now -= size
 
 
-def counted_peak(make: Callable[[], list[Tensor]], step: Callable[..., object]) -> int:
-    """The most bytes that `step(*make())` holds at a time beyond what `make` made. Kernels are not started."""
+def counted_peak(make: Callable[[], list[Tensor]], step: Callable[..., object], traced: bool = False) -> int:
+    """The most bytes that `step(*make())` holds at a time beyond what `make` made.
+
+    Our kernels are not started, but all around them runs as it does on a GPU: their buffers, and autograd.
+
+    Args:
+        traced: go through the operators of torch.library, as under a dispatch mode.
+    """
     with ExitStack() as stack:
+        for name, stand_in in (("table.start", None), ("choice.unavailable", ""), ("choice.untraced", not traced)):
+            patch = mock.patch(f"repa_scale.kernels.{name}", lambda *_, answer=stand_in: answer)
+            stack.enter_context(patch)
         stack.enter_context(FakeTensorMode())
-        stack.enter_context(mock.patch("repa_scale.kernels.table.start", lambda *_: None))
         stack.enter_context(mock.patch.object(Tensor, "data_ptr", lambda _: 0))
         tensors = make()
         counter = Counter()
@@ -60,9 +72,18 @@ def counted_peak(make: Callable[[], list[Tensor]], step: Callable[..., object]) 
         return counter.most
 
 
-def projector_step(kernel: str, rows: int, sizes: tuple[int, int, int], chunk: int = 0) -> int:
-    """Peak of forward and backward of projector and loss in bf16: `triton`, or `torch` for the plain form."""
-    from repa_scale.kernels import projector, projector_cosine_loss
+def projector_step(
+    kernel: str, rows: int, sizes: tuple[int, int, int], chunk: int | None = None, traced: bool = False
+) -> int:
+    """Peak of forward and backward of projector and loss in bf16, all gradients included.
+
+    Args:
+        kernel: `triton`, or `torch` for the plain form.
+        rows: a multiple of 256.
+        sizes: width of the tokens, of the projector inside, of the targets.
+        chunk, traced: as of `projector_cosine_loss` and `counted_peak`.
+    """
+    from repa_scale.kernels import projector_cosine_loss
     from torch import nn
 
     width, inner, out = sizes
@@ -70,25 +91,15 @@ def projector_step(kernel: str, rows: int, sizes: tuple[int, int, int], chunk: i
     layers = (nn.Linear(width, inner), nn.SiLU(), nn.Linear(inner, inner), nn.SiLU(), nn.Linear(inner, out))
 
     def make() -> list[Tensor]:
-        with torch.device("cpu"):
-            network = nn.Sequential(*layers)
-        parameters = [torch.empty(p.shape, dtype=dtype, requires_grad=True) for p in network.parameters()]
+        parameters = [torch.empty(p.shape, dtype=dtype) for p in nn.Sequential(*layers).parameters()]
         hidden = torch.empty(images, 256, width, dtype=dtype, requires_grad=True)
         return [hidden, torch.empty(images, 256, out, dtype=dtype), *parameters]
 
-    def plain(hidden: Tensor, target: Tensor, *parameters: Tensor) -> object:
+    def step(hidden: Tensor, target: Tensor, *parameters: Tensor) -> list[Tensor | None]:
         network = nn.Sequential(*layers)
         for linear, weight, bias in zip(network[::2], parameters[::2], parameters[1::2], strict=True):
             linear.weight, linear.bias = nn.Parameter(weight), nn.Parameter(bias)
-        loss = projector_cosine_loss(hidden, network, target, kernel="torch")
-        loss.backward()
-        return loss
+        projector_cosine_loss(hidden, network, target, chunk=chunk, kernel=kernel).backward()
+        return [hidden.grad, *(p.grad for p in network.parameters())]
 
-    @torch.no_grad()
-    def fused(hidden: Tensor, target: Tensor, *parameters: Tensor) -> object:
-        if chunk:
-            return projector.in_chunks(hidden, list(parameters), target, None, dtype, max(1, chunk // 256), True)
-        loss, *saved = projector.forward(hidden, list(parameters), target, None, False, dtype)
-        return loss, projector.backward(loss, hidden, list(parameters[::2]), target, None, saved, False)
-
-    return counted_peak(make, fused if kernel == "triton" else plain)
+    return counted_peak(make, step, traced)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.rows import write_row
-from repa_scale import torchvision_fix
+from repa_scale import arithmetic, torchvision_fix
 from repa_scale.config import Config
 from repa_scale.latents import build_latents
 from repa_scale.models import build_sit
@@ -72,7 +72,7 @@ def sampling(args: argparse.Namespace) -> Iterator[Row]:
     shape = latent_grid(config.data.image_size, config.latents.name)
     latents = build_latents(config, device, torch.float32)
     if cuda:
-        torch.backends.cuda.matmul.allow_tf32 = True  # as the public program does
+        arithmetic.use("tf32")  # as the public program does
     threads = 1 if cuda else torch.get_num_threads()
     ways: dict[str, Callable[[], int]] = {}
     for name, (guidance, interval) in CASES.items():

@@ -50,15 +50,17 @@ def main(argv: list[str] | None = None) -> int:
         for size, width in sizes.items():
             what = subject(name, count, width, device)
             inputs = [what.build() for _ in range(4)]
-            now = table.tile(kernel, size, table.architecture_of(inputs[0]["x"]))
+            now = table.tile(kernel, size, table.architecture_of(device))
             seconds = {}
             for tile in candidates(kernel, size, now)[:most]:
                 by_size = {a: {**table.TILES[kernel][a], size: tile} for a in table.ARCHITECTURES}
                 with mock.patch.dict(table.TILES, {kernel: by_size}):
+                    table.rowwise.cache_clear()
                     found = timed(what.works["ours"], inputs, device, args.rounds, backward=True)
                 seconds[tile] = found.seconds
                 share = what.bytes / seconds[tile] / copy
                 print(f"{kernel} {size}: {tile}: {1e6 * seconds[tile]:.1f} us, {share:.2f} of a copy")
+            table.rowwise.cache_clear()
             best = min(seconds, key=seconds.__getitem__)
             chosen = best if seconds[best] < (1 - KEPT) * seconds[now] else now
             print(f"{kernel} {size}: {now} {1e6 * seconds[now]:.1f} us; chosen {chosen} {1e6 * seconds[chosen]:.1f} us")

@@ -87,7 +87,7 @@ class OurStep:
         from repa_scale.engine import import_deepspeed
         from repa_scale.trainer import Trainer
 
-        import_deepspeed()
+        import_deepspeed(ranks.device.type)
         self.parameters = count_parameters(config)
         settings = deepspeed_dict(config, ranks.world_size, self.parameters, ranks.device.type)
         settings["zero_optimization"]["stage"] = stage or settings["zero_optimization"]["stage"]

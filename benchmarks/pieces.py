@@ -57,6 +57,7 @@ def pieces(public: Path | None) -> list[Piece]:
         _ours("compiled-128", "--batch", "128", "--compile", seconds=80),
         _public(public, "64"),
         _kernels("main", "65536", "768", "1536"),
+        Piece("kernels/host", 30, _program("kernel_host")),
         Piece("profile", 60, _program("profile_step", "--batch", "32", "--compile"), (*TINY, "--batch", "2")),
         Piece("nvjpeg", 60, _program("nvjpeg")),
         # The rest, while time is left.

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.our_step import WEIGHT_STD, fixed_batch
-from repa_scale import torchvision_fix
+from repa_scale import arithmetic, torchvision_fix
 from repa_scale.clock import Clock
 from repa_scale.config import Config
 from repa_scale.encoders import build_encoder
@@ -77,7 +77,7 @@ class PublicStep:
         self.encoder = build_encoder(term.encoder, "random", self.grid, device, torch.float32, "torch").network
         self.normalize = _normalization(self.spec)
         self.loss = loss_class(prediction="v", path_type="linear", encoders=[], weighting="uniform")
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        arithmetic.use("tf32")
         optimizer = config.optimizer
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),

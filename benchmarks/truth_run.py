@@ -32,11 +32,6 @@ def main(argv: list[str] | None = None) -> None:
 
     # As on a GPU, whatever the device: a bf16 encoder moves the alignment loss more than all the rest of bf16.
     frozen.encoder_dtype = lambda precision, _device: frozen.DTYPES[precision]
-    if args.precision == "fp32":
-        import torch
-
-        # TF32, which torch allows in convolutions, would be the largest difference from a CPU by far.
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if args.stop_after:
         ask_to_stop(Trainer, args.stop_after)

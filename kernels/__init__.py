@@ -37,11 +37,11 @@ def cosine_loss(
     _check_rows(projected.shape, target, weight, reduction)
     if not use_triton(kernel, projected, unsupported(projected, target)):
         return reference.cosine_loss(projected, target, weight, reduction)
-    from repa_scale.kernels.cosine import cosine_loss_op
+    from repa_scale.kernels.cosine import loss_of
 
-    return cosine_loss_op(
-        _images(projected), _images(target.detach()), _row_weights(weight, projected), reduction == "image"
-    )[0]
+    if target.requires_grad:
+        target = target.detach()
+    return loss_of(_images(projected), _images(target), _row_weights(weight, projected), reduction == "image")
 
 
 def projector_cosine_loss(
@@ -82,22 +82,21 @@ def projector_cosine_loss(
     _check_rows((*hidden.shape[:-1], projector[4].out_features), target, weight, reduction)
     if not use_triton(kernel, hidden, unsupported(hidden, target)):
         return reference.projector_cosine_loss(hidden, projector, target, weight, reduction)
-    from repa_scale.kernels.projector import projector_loss_in_chunks_op, projector_loss_op
+    from repa_scale.kernels.projector import loss_in_chunks_of, loss_of
 
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     parameters = [p for layer in projector[::2] for p in (layer.weight, layer.bias)]
     row_weights, target = _row_weights(weight, hidden), target.detach()
     if chunk is None:
-        inputs = (_images(hidden), parameters, _images(target), row_weights, reduction == "image", dtype)
-        return projector_loss_op(*inputs)[0]
+        return loss_of(_images(hidden), parameters, _images(target), row_weights, reduction == "image", dtype)
     if hidden.ndim == 2:  # each row an image, so that there is something to cut
         hidden, target = hidden.unsqueeze(1), target.unsqueeze(1)
     hidden = _images(hidden)
     gradients = torch.is_grad_enabled() and any(p.requires_grad for p in (hidden, *parameters))
     images = max(1, chunk // hidden.shape[1])
     inputs = (hidden, parameters, _images(target), row_weights, dtype, images, gradients)
-    return projector_loss_in_chunks_op(*inputs)[0] / (hidden.shape[0] * hidden.shape[1])
+    return loss_in_chunks_of(*inputs) / (hidden.shape[0] * hidden.shape[1])
 
 
 def normalize_tokens(
@@ -136,28 +135,27 @@ def normalize_tokens(
     obstacle = unsupported(tokens)
     if kind == "spatial" and tokens.shape[1] - prefix > MAX_TOKENS:
         obstacle = f"{tokens.shape[1] - prefix} tokens an image are more than {MAX_TOKENS}"
-    if torch.is_grad_enabled() and tokens.requires_grad:
-        obstacle = "the normalisation of tokens has no gradient; detach them"
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (tokens, *(affine or ()))):
+        obstacle = "the normalisation of tokens has no gradient; detach tokens, weight and bias"
     if not use_triton(kernel, tokens, obstacle):
         return reference.normalize_tokens(tokens, kind, prefix, gamma, eps, out_dtype, affine)
-    from repa_scale.kernels.tokens import normalize_tokens_op
+    from repa_scale.kernels.tokens import normalized
 
-    weight, bias = affine or (None, None)
-    return normalize_tokens_op(tokens[:, prefix:], kind, gamma, eps, out_dtype or torch.float32, weight, bias)
+    return normalized(tokens[:, prefix:], kind, gamma, eps, out_dtype or torch.float32, affine)
 
 
 def _check_rows(shape: tuple[int, ...], target: Tensor, weight: Tensor | None, reduction: str) -> None:
     """shape: of the projected rows."""
-    shape = tuple(shape)
-    if len(shape) < 2 or tuple(target.shape) != shape:
+    if len(shape) < 2 or target.shape != shape:
+        shape = tuple(shape)
         raise ValueError(f"projected {shape} and target {tuple(target.shape)} must have one shape (..., z)")
     if reduction not in ("mean", "image") or (reduction == "image" and len(shape) != 3):
-        raise ValueError(f"reduction={reduction!r} of shape {shape}: it is mean, or image for (N, T, z)")
+        raise ValueError(f"reduction={reduction!r} of shape {tuple(shape)}: it is mean, or image for (N, T, z)")
     if weight is not None:
         try:
             weight.expand(shape[:-1])
         except RuntimeError:
-            raise ValueError(f"weight {tuple(weight.shape)} does not broadcast to {shape[:-1]}") from None
+            raise ValueError(f"weight {tuple(weight.shape)} does not broadcast to {tuple(shape[:-1])}") from None
 
 
 def _is_papers(projector: nn.Module) -> bool:

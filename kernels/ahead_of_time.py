@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from repa_scale.kernels.choice import INTERPRETED
-from repa_scale.kernels.table import ARCHITECTURES, TILES, Tile
+from repa_scale.kernels.table import ARCHITECTURES, SUM_OF_ALL, SUM_OF_IMAGE, TILES, Tile
 
 DTYPES = ("bf16", "fp16", "fp32")
 PAIRS = tuple(itertools.product(DTYPES, DTYPES))
@@ -29,7 +29,7 @@ USUAL = (("bf16", "bf16"), ("fp32", "fp32"))  # dtypes that are built for every 
 # kernel -> file, row of the table, and for each pointer its dtype: fixed, or the variant's first or second.
 KERNELS: dict[str, tuple[str, str, dict[str, str | int]]] = {
     "cosine_forward": (
-        "cosine", "cosine", {"projected": 0, "target": 1, "weight": "fp32", "loss": "fp32", "scalars": "fp32"}
+        "cosine", "cosine", {"projected": 0, "target": 1, "weight": "fp32", "scalars": "fp32"}
     ),
     "cosine_backward": (
         "cosine", "cosine",
@@ -104,7 +104,8 @@ def variants(complete: bool = False, architectures: tuple[int, ...] = ARCHITECTU
         for kernel, (_, row, pointers) in KERNELS.items():
             arity = 1 + max((dtype for dtype in pointers.values() if isinstance(dtype, int)), default=-1)
             if kernel == "group_sums":
-                found.append(Variant(kernel, (), 1024, Tile(1, 1024, 4), architecture))
+                tiles = (SUM_OF_IMAGE, SUM_OF_ALL)
+                found += [Variant(kernel, (), tile.columns, tile, architecture) for tile in tiles]
             elif arity == 1:
                 tile = TILES[row][architecture][64]
                 found += [Variant(kernel, (dtype,), PROJECTOR_WIDTH, tile, architecture) for dtype in DTYPES]

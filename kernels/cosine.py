@@ -9,12 +9,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from repa_scale.kernels import table
+from repa_scale.kernels import choice, table
 from repa_scale.kernels.reference import NORM_EPS
 from torch import Tensor
 
 EPS = tl.constexpr(NORM_EPS)
-GROUP = 1024  # rows of one partial sum of a mean over all rows
 
 
 @triton.jit(
@@ -22,7 +21,7 @@ GROUP = 1024  # rows of one partial sum of a mean over all rows
     do_not_specialize_on_alignment=["weight"],
 )
 def cosine_forward(
-    projected, target, weight, loss, scalars, rows, tokens, projected_pitch, target_pitch, has_weight,
+    projected, target, weight, scalars, rows, tokens, projected_pitch, target_pitch, has_weight,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -41,10 +40,10 @@ def cosine_forward(
     # Both are scaled before they meet: the product of two long rows overflows where their cosine does not.
     cosine = tl.sum((x * x_inverse[:, None]) * (y * y_inverse[:, None]), 1)
     weight_of_row = tl.load(weight + r, mask=real & (has_weight != 0), other=1.0)
-    tl.store(loss + r, -cosine * weight_of_row, mask=real)
-    # The gradient of a row is -(scalars[0] y - scalars[1] x). Below EPS the length is a constant.
-    tl.store(scalars + r, x_inverse * y_inverse, mask=real)
-    tl.store(scalars + rows + r, tl.where(x_length < EPS, 0.0, cosine * x_inverse * x_inverse), mask=real)
+    # scalars[0] is a row's loss; its gradient is -(scalars[1] y - scalars[2] x). Below EPS the length is a constant.
+    tl.store(scalars + r, -cosine * weight_of_row, mask=real)
+    tl.store(scalars + rows + r, x_inverse * y_inverse, mask=real)
+    tl.store(scalars + rows + rows + r, tl.where(x_length < EPS, 0.0, cosine * x_inverse * x_inverse), mask=real)
 
 
 @triton.jit(
@@ -66,40 +65,40 @@ def cosine_backward(
     y = tl.load(target + of_target[:, None] + c[None, :], mask=mask, other=0.0).to(tl.float32)
     weight_of_row = tl.load(weight + r, mask=real & (has_weight != 0), other=1.0)
     factor = tl.load(upstream + r // of_group, mask=real, other=0.0) * scale * weight_of_row
-    by_target = tl.load(scalars + r, mask=real, other=0.0)
-    by_self = tl.load(scalars + rows + r, mask=real, other=0.0)
+    by_target = tl.load(scalars + rows + r, mask=real, other=0.0)
+    by_self = tl.load(scalars + rows + rows + r, mask=real, other=0.0)
     # The difference first, the factor last: near cosine 1 it cancels, and must do so at full precision.
     result = -factor[:, None] * (by_target[:, None] * y - by_self[:, None] * x)
     out = r.to(tl.int64)[:, None] * WIDTH + c[None, :]
     tl.store(gradient + out, result.to(gradient.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["of_group", "values_in_all", "scale"])
-def group_sums(values, sums, of_group, values_in_all, scale, COLUMNS: tl.constexpr):
+@triton.jit(do_not_specialize=["of_group", "scale"])
+def group_sums(values, sums, of_group, scale, COLUMNS: tl.constexpr):
     """sums[g] = scale * the sum of values[g * of_group : (g + 1) * of_group], in one order whatever the machine."""
     group = tl.program_id(0)
     total = tl.zeros((COLUMNS,), dtype=tl.float32)
     for first in range(0, of_group, COLUMNS):
         i = first + tl.arange(0, COLUMNS)
-        at = group * of_group + i
-        total += tl.load(values + at, mask=(i < of_group) & (at < values_in_all), other=0.0)
+        total += tl.load(values + group * of_group + i, mask=i < of_group, other=0.0)
     tl.store(sums + group, tl.sum(total, 0) * scale)
 
 
 def forward(projected: Tensor, target: Tensor, weight: Tensor | None, by_image: bool) -> tuple[Tensor, Tensor]:
-    """The loss (N,) or () and two numbers a row (2, N T), fp32, of (N, T, z) operands and (N T,) fp32 weights."""
+    """The loss (N,) or () and three numbers a row (3, N T), fp32, of (N, T, z) operands and (N T,) fp32 weights."""
     n, tokens, width = projected.shape
-    rows = n * tokens
+    rows, device = n * tokens, projected.device
     (x, x_pitch), (y, y_pitch) = table.laid_out(projected), table.laid_out(target)
-    row_loss, scalars = (projected.new_empty(shape, dtype=torch.float32) for shape in (rows, (2, rows)))
-    tile = table.tile("cosine", width, table.architecture_of(projected))
-    tensors = (x, y, row_loss if weight is None else weight, row_loss, scalars)
-    numbers = (rows, tokens, x_pitch, y_pitch, int(weight is not None))
-    grid = (triton.cdiv(rows, tile.rows),)
-    table.start(cosine_forward, grid, (*tensors, *numbers), table.constants(width, tile), tile.warps)
-    if by_image:
-        return _sums(row_loss, tokens, 1 / tokens), scalars
-    return _sums(_sums(row_loss, GROUP, 1.0), triton.cdiv(rows, GROUP), 1 / rows).view(()), scalars
+    scalars = torch.empty((3, rows), dtype=torch.float32, device=device)
+    loss = torch.empty((n,) if by_image else (), dtype=torch.float32, device=device)
+    grid, constants, warps = table.rowwise("cosine", rows, width, device)
+    has_weight = weight is not None
+    arguments = (x, y, weight if has_weight else scalars, scalars, rows, tokens, x_pitch, y_pitch, int(has_weight))
+    table.start(cosine_forward, grid, arguments, constants, warps)
+    sums, groups, of_group = (table.SUM_OF_IMAGE, n, tokens) if by_image else (table.SUM_OF_ALL, 1, rows)
+    arguments = (scalars, loss, of_group, 1 / of_group)
+    table.start(group_sums, (groups,), arguments, {"COLUMNS": sums.columns}, sums.warps)
+    return loss, scalars
 
 
 def backward(
@@ -110,21 +109,22 @@ def backward(
     rows = n * tokens
     of_group = tokens if by_image else rows
     (x, x_pitch), (y, y_pitch) = table.laid_out(projected), table.laid_out(target)
-    gradient = torch.empty(projected.shape, dtype=projected.dtype, device=projected.device)
-    tile = table.tile("cosine", width, table.architecture_of(projected))
-    tensors = (x, y, scalars if weight is None else weight, scalars, upstream.contiguous(), gradient)
-    numbers = (1 / of_group, rows, tokens, of_group, x_pitch, y_pitch, int(weight is not None))
-    grid = (triton.cdiv(rows, tile.rows),)
-    table.start(cosine_backward, grid, (*tensors, *numbers), table.constants(width, tile), tile.warps)
+    gradient = torch.empty_like(projected, memory_format=torch.contiguous_format)
+    grid, constants, warps = table.rowwise("cosine", rows, width, projected.device)
+    has_weight = weight is not None
+    arguments = (
+        x, y, weight if has_weight else scalars, scalars, upstream.contiguous(), gradient,
+        1 / of_group, rows, tokens, of_group, x_pitch, y_pitch, int(has_weight),
+    )  # fmt: skip
+    table.start(cosine_backward, grid, arguments, constants, warps)
     return gradient
 
 
-def _sums(values: Tensor, of_group: int, scale: float) -> Tensor:
-    """Sums of groups of `of_group` values, times `scale`. (M,) fp32 -> (ceil(M / of_group),)."""
-    count = triton.cdiv(values.numel(), of_group)
-    sums = values.new_empty(count)
-    table.start(group_sums, (count,), (values, sums, of_group, values.numel(), scale), {"COLUMNS": GROUP}, 4)
-    return sums
+def loss_of(projected: Tensor, target: Tensor, weight: Tensor | None, by_image: bool) -> Tensor:
+    """`forward`'s loss, differentiable; as an operator where something traces the call."""
+    if not choice.untraced(projected, target, weight):
+        return cosine_loss_op(projected, target, weight, by_image)[0]
+    return apply_loss(projected, target, weight, by_image)
 
 
 @torch.library.custom_op("repa_scale::cosine_loss", mutates_args=())
@@ -137,7 +137,7 @@ def _(projected, target, weight, by_image):
     n, tokens, _ = projected.shape
     return (
         projected.new_empty((n,) if by_image else (), dtype=torch.float32),
-        projected.new_empty((2, n * tokens), dtype=torch.float32),
+        projected.new_empty((3, n * tokens), dtype=torch.float32),
     )
 
 
@@ -156,12 +156,33 @@ def _(upstream, projected, target, weight, scalars, by_image):
 def _save(ctx, inputs, output) -> None:
     projected, target, weight, ctx.by_image = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # else the backward pass gets zeros as large as each output, nobody's gradient
     ctx.save_for_backward(projected, target, weight, output[1])
 
 
-def _differentiate(ctx, upstream, _scalars):
-    gradient = cosine_loss_backward_op(upstream, *ctx.saved_tensors, ctx.by_image)
-    return gradient, None, None, None
+def _differentiate(ctx, upstream, _scalars=None):
+    if upstream is None:
+        return None, None, None, None
+    saved = ctx.saved_tensors
+    # With a graph of the gradient it is the operator's part to refuse a second derivative.
+    run = backward if not torch.is_grad_enabled() and choice.untraced(upstream) else cosine_loss_backward_op
+    return run(upstream, *saved, ctx.by_image), None, None, None
+
+
+class Loss(torch.autograd.Function):
+    """What the operator does, called directly: its dispatch takes the host longer than a small kernel takes."""
+
+    @staticmethod
+    def forward(ctx, projected, target, weight, by_image):
+        loss, scalars = forward(projected, target, weight, by_image)
+        ctx.by_image = by_image
+        ctx.save_for_backward(projected, target, weight, scalars)
+        return loss
+
+    backward = staticmethod(_differentiate)
+
+
+apply_loss = choice.apply_of(Loss)
 
 
 def no_second_derivative(_ctx, *_gradients):

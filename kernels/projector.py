@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from repa_scale.kernels import cosine, table
+from repa_scale.kernels import choice, cosine, table
 from torch import Tensor
 
 
@@ -22,7 +22,8 @@ def silu_backward(
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     mask = (r < rows)[:, None] & (c < WIDTH)[None, :]
-    first = tl.program_id(0).to(tl.int64) * ROWS * WIDTH
+    block = tl.program_id(0).to(tl.int64)
+    first = block * ROWS * WIDTH
     at = tl.arange(0, ROWS)[:, None] * WIDTH + c[None, :]
     h = tl.load(before + first + at, mask=mask, other=0.0).to(tl.float32)
     g = tl.load(gradient + first + at, mask=mask, other=0.0).to(tl.float32)
@@ -30,7 +31,7 @@ def silu_backward(
     g = (g * sigmoid * (1.0 + h * (1.0 - sigmoid))).to(gradient.dtype.element_ty)
     tl.store(gradient + first + at, g, mask=mask)
     tl.store(after + first + at, (h * sigmoid).to(after.dtype.element_ty), mask=mask)
-    tl.store(sums + tl.program_id(0) * WIDTH + c, tl.sum(g.to(tl.float32), 0), mask=c < WIDTH)
+    tl.store(sums + block * WIDTH + c, tl.sum(g.to(tl.float32), 0), mask=c < WIDTH)
 
 
 def through_silu(gradient: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,10 +42,10 @@ def through_silu(gradient: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
     """
     rows, width = before.shape
     after = torch.empty_like(before)
-    tile = table.tile("silu", 1, table.architecture_of(before))
-    blocks = triton.cdiv(rows, tile.rows)
+    tile = table.tile("silu", 1, table.architecture_of(before.device))
+    blocks = table.blocks(rows, tile.rows)
     sums = before.new_empty((blocks, width), dtype=torch.float32)
-    grid = (blocks, triton.cdiv(width, tile.columns))
+    grid = (blocks, table.blocks(width, tile.columns))
     arguments = (gradient, before, after, sums, rows)
     table.start(silu_backward, grid, arguments, table.constants(width, tile), tile.warps)
     return after, sums.sum(0)
@@ -139,7 +140,68 @@ def _rows(x: Tensor) -> Tensor:
     return x.flatten(0, 1)
 
 
-# The operators. Inside them autocast is off: the dtype of the products is an argument.
+def loss_of(
+    hidden: Tensor, parameters: list[Tensor], target: Tensor, weight: Tensor | None, by_image: bool, dtype: torch.dtype
+) -> Tensor:
+    """`forward`'s loss, differentiable; as an operator where something traces the call."""
+    if choice.untraced(hidden, target, weight, *parameters):
+        return apply_loss(hidden, target, weight, by_image, dtype, *parameters)
+    return projector_loss_op(hidden, parameters, target, weight, by_image, dtype)[0]
+
+
+def loss_in_chunks_of(
+    hidden: Tensor,
+    parameters: list[Tensor],
+    target: Tensor,
+    weight: Tensor | None,
+    dtype: torch.dtype,
+    chunk: int,
+    with_gradients: bool,
+) -> Tensor:
+    """The sum of `in_chunks`, differentiable; as an operator where something traces the call."""
+    if choice.untraced(hidden, target, weight, *parameters):
+        return apply_loss_in_chunks(hidden, target, weight, dtype, chunk, with_gradients, *parameters)
+    return projector_loss_in_chunks_op(hidden, parameters, target, weight, dtype, chunk, with_gradients)[0]
+
+
+# Called directly: what the operators do, without their dispatch. In both autocast is off: the products' dtype is an
+# argument.
+
+
+class Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, target, weight, by_image, dtype, *parameters):
+        with torch.autocast(hidden.device.type, enabled=False):
+            output = forward(hidden, parameters, target, weight, by_image, dtype)
+        ctx.by_image = by_image
+        ctx.save_for_backward(hidden, *parameters, target, weight, *output[1:])
+        return output[0]
+
+    @staticmethod
+    def backward(ctx, upstream):
+        hidden, parameters, *others = _differentiate(ctx, upstream)
+        return hidden, *others, *parameters
+
+
+class LossInChunks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, target, weight, dtype, chunk, with_gradients, *parameters):
+        with torch.autocast(hidden.device.type, enabled=False):
+            output = in_chunks(hidden, parameters, target, weight, dtype, chunk, with_gradients)
+        ctx.dtypes = [p.dtype for p in (hidden, *parameters)]
+        ctx.save_for_backward(*output[1:])
+        return output[0]
+
+    @staticmethod
+    def backward(ctx, upstream):
+        hidden, parameters, *others = _scale_gradients(ctx, [upstream])
+        return hidden, *others, *parameters
+
+
+apply_loss, apply_loss_in_chunks = choice.apply_of(Loss), choice.apply_of(LossInChunks)
+
+
+# The operators.
 
 
 @torch.library.custom_op("repa_scale::projector_loss", mutates_args=())
@@ -156,7 +218,7 @@ def _(hidden, parameters, target, weight, by_image, dtype):
     first, second, output = ((n * tokens, w.shape[0]) for w in parameters[::2])
     return (
         hidden.new_empty((n,) if by_image else (), dtype=torch.float32),
-        hidden.new_empty((2, n * tokens), dtype=torch.float32),
+        hidden.new_empty((3, n * tokens), dtype=torch.float32),
         hidden.new_empty(first, dtype=dtype),
         hidden.new_empty(second, dtype=dtype),
         hidden.new_empty((n, tokens, output[1]), dtype=dtype),
@@ -211,25 +273,39 @@ def _(hidden, parameters, target, weight, dtype, chunk, with_gradients):
 def _save(ctx, inputs, output) -> None:
     hidden, parameters, target, weight, ctx.by_image, _ = inputs
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # else the backward pass gets zeros as large as each output, nobody's gradient
     ctx.save_for_backward(hidden, *parameters, target, weight, *output[1:])
 
 
 def _differentiate(ctx, upstream, *_others):
+    if upstream is None:
+        return None, [None] * 6, None, None, None, None
     kept = ctx.saved_tensors  # read once: under activation checkpointing a second look is an error
     (hidden, *parameters), (target, weight, *saved) = kept[:7], kept[7:]
-    found = projector_loss_backward_op(upstream, hidden, parameters[::2], target, weight, saved, ctx.by_image)
+    inputs = (upstream, hidden, parameters[::2], target, weight, saved, ctx.by_image)
+    # With a graph of the gradient it is the operator's part to refuse a second derivative.
+    if not torch.is_grad_enabled() and choice.untraced(upstream):
+        with torch.autocast(hidden.device.type, enabled=False):
+            found = backward(*inputs)
+    else:
+        found = projector_loss_backward_op(*inputs)
     gradients = [g.to(p.dtype) for g, p in zip(found, (hidden, *parameters), strict=True)]
     return gradients[0], gradients[1:], None, None, None, None
 
 
 def _save_gradients(ctx, inputs, output) -> None:
     hidden, parameters, *_ = inputs
-    ctx.rows = hidden.shape[0] * hidden.shape[1]
     ctx.dtypes = [p.dtype for p in (hidden, *parameters)]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:])
 
 
 def _scale_gradients(ctx, upstream):
+    if upstream[0] is None:
+        return None, [None] * 6, None, None, None, None, None
+    if torch.is_grad_enabled():  # what was saved hangs on no input: a second derivative would be a silent zero
+        cosine.no_second_derivative(ctx)
     scaled = [(g * upstream[0]).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
     return scaled[0], scaled[1:], None, None, None, None, None
 

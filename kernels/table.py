@@ -6,10 +6,12 @@ measures the alternatives. Rows a program do not depend on the number of rows: n
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from repa_scale.kernels.choice import capability
 from torch import Tensor
 
 ARCHITECTURES = (80, 90, 100)  # sm_80 A100, sm_90 H100 and H200, sm_100 B200
@@ -30,6 +32,7 @@ class Tile:
     warps: int
 
 
+SMALLEST = 64  # what the first tile of every kernel holds
 # One row of `width` channels is held in registers, so `columns` is the next power of two. 16 elements of an operand a
 # thread: two 128-bit loads of 16-bit values each, about 50 registers, and half of an SM's threads resident.
 _ROWWISE = {
@@ -55,6 +58,10 @@ _SPATIAL = {
 # SiLU's gradient works on a plane of any size; the rows of a tile make one partial sum of the bias gradient.
 _SILU = {64: Tile(64, 64, 8)}
 
+# Sums of the rows' losses: one program for each image, or one for all rows. A second launch would cost more than the
+# longer way through the rows does.
+SUM_OF_IMAGE, SUM_OF_ALL = Tile(1, 1024, 4), Tile(1, 8192, 16)
+
 # kernel -> architecture -> next power of two of what the program must hold -> tile. The cosine's rows must stay equal
 # between architectures (the order of its sums is promised); those of the others may part.
 TILES: dict[str, dict[int, dict[int, Tile]]] = {
@@ -67,27 +74,46 @@ TILES: dict[str, dict[int, dict[int, Tile]]] = {
 
 def tile(kernel: str, size: int, architecture: int) -> Tile:
     """The tile for `size` channels (`spatial`: tokens). Of an architecture that is not listed: the next older one's."""
-    by_size = TILES[kernel][max((a for a in ARCHITECTURES if a <= architecture), default=ARCHITECTURES[0])]
-    return by_size[next(held for held in sorted(by_size) if size <= held)]
+    by_architecture = TILES[kernel]
+    if architecture not in by_architecture:
+        architecture = max((a for a in ARCHITECTURES if a <= architecture), default=ARCHITECTURES[0])
+    return by_architecture[architecture][max(SMALLEST, 1 << (size - 1).bit_length())]
 
 
-def architecture_of(tensor: Tensor) -> int:
-    """80, 90, 100 ... of the tensor's GPU; 90 for the interpreter."""
-    if not tensor.is_cuda:
+def architecture_of(device: torch.device) -> int:
+    """80, 90, 100 ... of a GPU; 90 for the interpreter."""
+    if device.type != "cuda":
         return 90
-    properties = torch.cuda.get_device_properties(tensor.device)
-    return 10 * properties.major + properties.minor
+    major, minor = capability(device)
+    return 10 * major + minor
 
 
 def start(kernel: Any, grid: tuple[int, ...], arguments: tuple, constants: dict[str, int], warps: int) -> None:
     """Runs a Triton kernel on the device of its first argument. Every launch of this package goes through here."""
-    with torch.cuda.device_of(arguments[0]):
+    first = arguments[0]
+    # Triton launches on the current device, which nearly always is that of the tensors.
+    if not first.is_cuda or first.get_device() == torch.cuda.current_device():
         kernel[grid](*arguments, **constants, num_warps=warps)
+    else:
+        with torch.cuda.device_of(first):
+            kernel[grid](*arguments, **constants, num_warps=warps)
+
+
+def blocks(size: int, of: int) -> int:
+    """Programs that cover `size`, `of` each. triton.cdiv does the same, more slowly."""
+    return -(-size // of)
 
 
 def constants(width: int, tile: Tile) -> dict[str, int]:
     """What is compiled into a kernel that works on rows of `width` channels."""
     return {"WIDTH": width, "ROWS": tile.rows, "COLUMNS": tile.columns}
+
+
+@functools.lru_cache(maxsize=1024)
+def rowwise(kernel: str, rows: int, width: int, device: torch.device) -> tuple[tuple[int], dict[str, int], int]:
+    """Grid, constants and warps of a kernel whose programs hold whole rows. Remembers `TILES` as it was."""
+    chosen = tile(kernel, width, architecture_of(device))
+    return (blocks(rows, chosen.rows),), constants(width, chosen), chosen.warps
 
 
 def laid_out(x: Tensor) -> tuple[Tensor, int]:

@@ -8,8 +8,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from repa_scale.kernels import table
+from repa_scale.kernels import choice, table
 from torch import Tensor
+
+# Images of one launch: CUDA's grid holds 65,535 programs along y, and the next launch begins at a multiple of 16 bytes.
+IMAGES = 65535 // 8 * 8
 
 
 @triton.jit(
@@ -67,17 +70,29 @@ def normalize(
     out = torch.empty((n, tokens, width), dtype=out_dtype, device=x.device)
     if kind == "layernorm":
         rows = n * tokens
-        tile = table.tile("layernorm", width, table.architecture_of(x))
+        grid, constants, warps = table.rowwise("layernorm", rows, width, x.device)
         # Without affine their place is taken by any fp32 pointer; it is never read.
         w, b = (p.float().contiguous() for p in affine) if affine else (x.new_empty(1, dtype=torch.float32),) * 2
         arguments = (x, w, b, out, rows, tokens, pitch, eps, int(affine is not None))
-        grid = (triton.cdiv(rows, tile.rows),)
-        table.start(layernorm, grid, arguments, table.constants(width, tile), tile.warps)
+        table.start(layernorm, grid, arguments, constants, warps)
     else:
-        tile = table.tile("spatial", tokens, table.architecture_of(x))
-        grid = (triton.cdiv(width, tile.columns), n)
-        table.start(spatial, grid, (x, out, tokens, pitch, gamma, eps), table.constants(width, tile), tile.warps)
+        tile = table.tile("spatial", tokens, table.architecture_of(x.device))
+        columns, constants = table.blocks(width, tile.columns), table.constants(width, tile)
+        for first in range(0, n, IMAGES):
+            part = (x, out) if n <= IMAGES else (x[first : first + IMAGES], out[first : first + IMAGES])
+            grid = (columns, part[0].shape[0])
+            table.start(spatial, grid, (*part, tokens, pitch, gamma, eps), constants, tile.warps)
     return out
+
+
+def normalized(
+    x: Tensor, kind: str, gamma: float, eps: float, out_dtype: torch.dtype, affine: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """`normalize`, as an operator where something traces the call."""
+    weight, bias = affine or (None, None)
+    if choice.untraced(x, weight, bias):
+        return normalize(x, kind, gamma, eps, out_dtype, affine)
+    return normalize_tokens_op(x, kind, gamma, eps, out_dtype, weight, bias)
 
 
 @torch.library.custom_op("repa_scale::normalize_tokens", mutates_args=())

@@ -67,7 +67,7 @@ def look(environment: Mapping[str, str] = os.environ) -> Facts:
         torch=torch.__version__,
         built=built,
         driver=driver,
-        gpus=sum(1 for _ in Path("/dev").glob("nvidia[0-9]*")),
+        gpus=sum(1 for _ in Path("/dev").glob("nvidia[0-9]*")) or (_driver_gpus() if driver and not built else 0),
         hidden=_hidden(environment),
         capabilities=capabilities,
         oldest=oldest,
@@ -78,8 +78,20 @@ def look(environment: Mapping[str, str] = os.environ) -> Facts:
 
 def device_problem(facts: Facts) -> str | None:
     """Why torch can't use a GPU that is here; None where it can, and where there is none to use."""
-    if facts.built is None or facts.driver is None or facts.capabilities or facts.hidden:
+    if facts.capabilities or facts.hidden:
         return None
+    installed = f"this machine has {facts.gpus} GPU{'s' * (facts.gpus > 1)}, but "
+    if facts.built is None:
+        return (
+            f"{installed}torch {facts.torch} is not a CUDA build; install a CUDA build of torch" if facts.gpus else None
+        )
+    if facts.driver is None:
+        return (
+            f"{installed}no NVIDIA driver can be loaded (libcuda.so.1); install one for CUDA {major(facts.built)}.0 or "
+            "newer, or start the container with --gpus all"
+            if facts.gpus
+            else None
+        )
     if major(facts.driver) < major(facts.built):
         return (
             f"the NVIDIA driver runs CUDA {facts.driver} at most, and torch {facts.torch} is built for CUDA "
@@ -226,6 +238,19 @@ def driver_cuda() -> str | None:
     except (OSError, AttributeError):
         return None
     return f"{version.value // 1000}.{version.value % 1000 // 10}"
+
+
+def _driver_gpus() -> int:
+    """GPUs that the driver shows where /dev has none of their names, as under WSL. For a torch without CUDA: it starts
+    the driver in this process."""
+    count = ctypes.c_int()
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+        if library.cuInit(0) != 0 or library.cuDeviceGetCount(ctypes.byref(count)) != 0:
+            return 0
+    except (OSError, AttributeError):
+        return 0
+    return count.value
 
 
 def major(version: str) -> int:

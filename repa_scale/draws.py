@@ -46,7 +46,7 @@ def draw(
     if time == "uniform":
         t = time_from_uniform(rng.uniform(seed, "time", step, index, ()))
     else:
-        t = time_from_normal(rng.normal(seed, "time", step, index, ()), path)
+        t = time_from_normal(rng.normal(seed, "time", step, index, (), dtype=torch.float64), path)
     return Draws(
         t=t.float(),
         noise=rng.normal(seed, "noise", step, index, shape),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from repa_scale import devices
-from repa_scale.errors import require
+from repa_scale.errors import ConfigError, require
 from repa_scale.objective import Objective
 from repa_scale.ranks import Ranks
 
@@ -261,23 +262,58 @@ class Engine:
 
 def _import_deepspeed(ranks: Ranks):
     """Imports DeepSpeed, quietly, and without the shared-memory op that it would otherwise compile on a CPU."""
-    deepspeed = import_deepspeed()
+    deepspeed = import_deepspeed(ranks.device.type)
     if ranks.device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # DeepSpeed asks for AMX instructions; torch computes fp16 on any CPU, slowly but right.
         deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
     deepspeed.init_distributed(dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", verbose=False)
     assert dist.is_initialized()
+    # DeepSpeed clones the world group, and passes no timeout on: NCCL's own of 10 minutes would be before the watchdog.
+    deepspeed.comm.comm.cdb.new_group = functools.partial(dist.new_group, timeout=ranks.timeout)
     return deepspeed
 
 
-@functools.cache
-def import_deepspeed():
+def choose_accelerator(device: str) -> None:
+    """Tells DeepSpeed which accelerator to take, before its import: by itself it takes CUDA wherever there is a GPU.
+
+    Args:
+        device: `cuda` or `cpu`, where the ranks work.
+
+    Raises:
+        ConfigError: DS_ACCELERATOR names another, or DeepSpeed is imported and has taken another.
+    """
+    wanted = os.environ.setdefault("DS_ACCELERATOR", device)
+    if wanted != device:
+        other = f", or set train.device={wanted}" if wanted in ("cpu", "cuda") else ""
+        raise ConfigError(f"DS_ACCELERATOR={wanted}, but the ranks work on {device}; unset DS_ACCELERATOR{other}")
+    real = sys.modules.get("deepspeed.accelerator.real_accelerator")
+    taken = getattr(real, "ds_accelerator", None)
+    if taken is not None and taken.device_name() != device:
+        raise ConfigError(
+            f"train.device={device}, but DeepSpeed has taken {taken.device_name()} in this process already; start a "
+            "process per device"
+        )
+
+
+def import_deepspeed(device: str):
     """DeepSpeed without what only its autotuner and its Muon use: MLflow, and torch's compiler as an import-time cost.
 
     Both would be loaded on every rank before its first step. MLflow is hidden meanwhile, so no other thread may import
     it at the same time: call this before the tracker's thread starts.
+
+    Args:
+        device: `cuda` or `cpu`, where the ranks work.
+
+    Raises:
+        ConfigError: of `choose_accelerator`.
     """
+    choose_accelerator(device)
+    return _imported()
+
+
+@functools.cache
+def _imported():
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed)\..*")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     hide = "deepspeed" not in sys.modules and "mlflow" not in sys.modules

@@ -1,7 +1,8 @@
 """Makes the features that lie beside the pictures of a set: VAE moments and encoder tokens, by the frozen networks.
 
-The same networks in the same precision as in training (frozen.py): VAE in fp32; encoders in fp32 on a CPU, in the
-stored 16-bit type on a GPU. How they are stored is data/features.py's business.
+The same networks as in training (frozen.py). The VAE computes in fp32, on a GPU too, where a 16-bit run would use
+TF32: moments are made once. Encoders compute in fp32 on a CPU and in the stored 16-bit type on a GPU. Each feature
+records which. How they are stored is data/features.py's business.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from repa_scale import arithmetic, devices
 from repa_scale.config import Config
-from repa_scale.data.features import FLIPPED, MOMENTS_DTYPES, TOKENS_DTYPES, Stored, base_name
+from repa_scale.data.features import DTYPES, FLIPPED, MOMENTS_DTYPES, TOKENS_DTYPES, Stored, base_name
 from repa_scale.encoders import Encoder, build_encoder
 from repa_scale.errors import ConfigError
 from repa_scale.latents import Latents, build_latents
@@ -62,15 +64,17 @@ class FeatureNetworks:
         if moments is not None:
             shape = moments_shape(size, moments[0])
             digest = weights_sha256(self.latents.vae)
-            self.stored.append(Stored("moments", moments[0], base_name(moments[1]), digest, moments_dtype, shape))
+            used = arithmetic.name(device, "fp32")
+            self.stored.append(Stored("moments", moments[0], base_name(moments[1]), digest, moments_dtype, shape, used))
+        kind = tokens_arithmetic(tokens_dtype, device)
+        used, dtype = arithmetic.name(device, kind), DTYPES[kind]
         for name, weights in tokens:
             shape = tokens_shape(size, name, grid)
-            dtype = torch.float32 if device.type == "cpu" else {"fp16": torch.float16}.get(tokens_dtype, torch.bfloat16)
             side = int(shape[0] ** 0.5)
             encoder = build_encoder(name, weights, (side, side), "cpu", torch.float32)
             digest = weights_sha256(encoder.network)
             self.encoders.append(encoder.to(device=device, dtype=dtype))
-            self.stored.append(Stored("tokens", name, base_name(weights), digest, tokens_dtype, shape))
+            self.stored.append(Stored("tokens", name, base_name(weights), digest, tokens_dtype, shape, used))
 
     def __call__(self, pictures: np.ndarray) -> list[dict[str, bytes] | str]:
         """(N, S, S, 3) uint8 -> the columns of each picture, or the reason why it has none."""
@@ -87,8 +91,14 @@ class FeatureNetworks:
 
     @torch.no_grad()
     def _values(self, images: Tensor) -> list[Tensor]:
-        values = [] if self.latents is None else [self.latents.encode(images)]
-        return values + [encoder(images) for encoder in self.encoders]
+        with arithmetic.within("fp32"):
+            values = [] if self.latents is None else [self.latents.encode(images)]
+            return values + [encoder(images) for encoder in self.encoders]
+
+
+def tokens_arithmetic(stored: str, device: torch.device) -> str:
+    """What encoders compute in, for tokens stored as `stored`: a CPU is slower in 16 bits than in fp32."""
+    return ("fp16" if stored == "fp16" else "bf16") if devices.on_gpu(device) else "fp32"
 
 
 def plan_features(

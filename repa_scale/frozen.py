@@ -43,7 +43,8 @@ class Frozen:
         grid = token_grid(config.data.image_size, config.latents.name, config.model.name)
         if ranks.local_rank > 0:
             ranks.barrier()
-        # The VAE stays in fp32: bf16 would round the posterior away. With stored moments it still draws the samples.
+        # The VAE stays in float32: bf16 would round the posterior away. (TF32 in 16-bit runs: arithmetic.of_training.)
+        # With stored moments it still draws the samples.
         self.latents = build_latents(config, ranks.device, torch.float32)
         _check_vae(cached, self.latents, config)
         stored = {one.network for one in cached.tokens}

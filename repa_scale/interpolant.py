@@ -1,4 +1,7 @@
-"""The path between data (t = 0) and noise (t = 1), and how t is drawn (SiT paper, section 2; REPA, section 2)."""
+"""The path between data (t = 0) and noise (t = 1), and how t is drawn (SiT paper, section 2; REPA, section 2).
+
+Cosines and exponentials are computed in float64 and rounded once: in float32 a GPU's last bits differ from a CPU's.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +30,10 @@ def _linear(t: Tensor) -> Coefficients:
 
 
 def _cosine(t: Tensor) -> Coefficients:
-    angle = t * (math.pi / 2)
+    angle = t.double() * (math.pi / 2)
     alpha, sigma = torch.cos(angle), torch.sin(angle)
-    return Coefficients(alpha, sigma, -math.pi / 2 * sigma, math.pi / 2 * alpha)
+    exact = alpha, sigma, -math.pi / 2 * sigma, math.pi / 2 * alpha
+    return Coefficients(*(value.to(t.dtype) for value in exact))
 
 
 PATHS: dict[str, Callable[[Tensor], Coefficients]] = {"linear": _linear, "cosine": _cosine}
@@ -55,6 +59,7 @@ def time_from_uniform(u: Tensor) -> Tensor:
 
 
 def time_from_normal(n: Tensor, path: str) -> Tensor:
-    """Log-normal t, from n standard normal: sigma = exp(n) is the ratio of noise to data (EDM)."""
-    sigma = n.exp()
+    """Log-normal t, from n standard normal: sigma = exp(n) is the ratio of noise to data (EDM). (N,) float64, for the
+    caller to round: n should be float64 too."""
+    sigma = n.double().exp()
     return sigma / (1 + sigma) if path == "linear" else torch.atan(sigma) * (2 / math.pi)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from repa_scale import arithmetic
 from repa_scale.config import Config
 from repa_scale.data.batches import DataSet, decode
 from repa_scale.ema import ShardEma
@@ -77,6 +78,7 @@ class OnlineEvaluation:
                 self._prepare_reference(extractor, lambda: stopping("reference"))
             with engine.weights_replaced(ema.values):
                 features = self._of_samples(engine, lambda: stopping("evaluate"))
+            stopping("metrics")  # rank 0 alone computes; the others wait for longer than for a batch of images
         except Stopped:
             return None
         finally:
@@ -193,7 +195,7 @@ class OnlineEvaluation:
     def _files(self, extractor: Extractor) -> list[Path]:
         """Where the statistics may lie, the best place first."""
         essence = (self.dataset.fingerprint, extractor.fingerprint, self.config.evaluate.reference_count)
-        name = statistics_name(extractor.name, *essence)
+        name = statistics_name(extractor.name, *essence, arithmetic=arithmetic.name(self.ranks.device, "fp32"))
         return [home / FOLDER / name for home in (self.dataset.path, Path(self.config.run.dir))]
 
     def _known(self, extractor: Extractor) -> Moments | None:

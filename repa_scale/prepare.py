@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from repa_scale.data.batches import decode, open_dataset
 from repa_scale.data.bucket import Bucket, remove_scratch, scratch_for
 from repa_scale.data.check import balance, check_set
 from repa_scale.data.dataset import DataSet
+from repa_scale.data.features import other_arithmetic, without_arithmetic
 from repa_scale.data.ingest import Encoded, encode, ingest, parts_of
 from repa_scale.data.labels import parse_labels
 from repa_scale.data.manifest import MANIFEST
@@ -44,11 +44,11 @@ def main(argv: list[str]) -> int:
     if args.bench:
         return _bench(args)
     _check_words(args)
-    ranks = _join("auto" if args.moments or args.tokens else "cpu")
-    try:
+    ranks = Ranks.from_environment(args.device if args.moments or args.tokens else "cpu")
+    if ranks.world_size == 1:
         return _prepare(args, ranks)
-    finally:
-        ranks.leave()
+    with ranks.joined(words_only=True):  # they only exchange words
+        return _prepare(args, ranks)
 
 
 def _prepare(args: argparse.Namespace, ranks: Ranks) -> int:
@@ -86,6 +86,7 @@ def _prepare(args: argparse.Namespace, ranks: Ranks) -> int:
             grid=args.token_grid, flip=args.flip, device=ranks.device,
         )  # fmt: skip
         recipe = replace(recipe, features=tuple(networks.stored))
+        _check_ranks(recipe, ranks)
     if bucket:
         _claim(bucket, {"source": source.fingerprint, "recipe": recipe.as_dict()}, ranks)
     manifest = _ingest(args, source, out, recipe, networks, ranks, bucket)
@@ -110,6 +111,18 @@ def _ingest(args, source: Source, out: Path, recipe: Recipe, networks, ranks: Ra
         total = sum(len(items) for _, items in parts_of(source, recipe, ranks))
         done = counter(bar, f"preparing {source.name}", total)
         return ingest(source, out, recipe, args.workers, done, features=networks, group=ranks, store=bucket)
+
+
+def _check_ranks(recipe: Recipe, ranks: Ranks) -> None:
+    """Refuses ranks that would compute the features of one set in different ways."""
+    recipes = ranks.gather_objects(recipe.as_dict())
+    for rank, theirs in enumerate(recipes):
+        if theirs != recipes[0]:
+            how = other_arithmetic(recipes[0], theirs, ("on rank 0", f"on rank {rank}"))
+            raise ConfigError(
+                f"the ranks would make different features ({how or f'rank {rank} has other weights than rank 0'}); "
+                "start all with the same arguments on the same kind of device, or give --device cpu"
+            )
 
 
 def _claim(bucket: Bucket, job: dict[str, Any], ranks: Ranks) -> None:
@@ -140,25 +153,15 @@ def _check_words(args: argparse.Namespace) -> None:
         raise ConfigError("--flip stores features of mirrored pictures; give --moments or --tokens, or leave it out")
 
 
-def _join(device: str) -> Ranks:
-    """This process among those that torchrun or a scheduler started; they only exchange words, so gloo will do."""
-    import torch.distributed as dist
-
-    ranks = Ranks.from_environment(device)
-    if ranks.world_size > 1:
-        # A rank waits for the slowest one's last part.
-        dist.init_process_group("gloo", rank=ranks.rank, world_size=ranks.world_size, timeout=timedelta(days=14))
-    return ranks
-
-
 def _manifest_of(folder: Path) -> dict[str, Any] | None:
     return open_dataset(folder).manifest if (folder / MANIFEST).exists() else None
 
 
 def _same_recipe(made: dict[str, Any], wanted: Recipe) -> bool:
-    """Whether a set was made like this; weights count by their name here, so that no network must be loaded."""
+    """Whether a set was made like this, on whatever device; weights count by their name here, so that no network must
+    be loaded."""
     blank = [{**feature, "weights_sha256": ""} for feature in made.get("features", ())]
-    return ({**made, "features": blank} if blank else made) == wanted.as_dict()
+    return without_arithmetic({**made, "features": blank} if blank else made) == wanted.as_dict()
 
 
 def _say_sizes(say: Callable[..., None], source: Source, recipe: Recipe) -> None:
@@ -276,6 +279,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--tokens-dtype", default="bf16", metavar="TYPE", help="bf16 (default), fp16 or int8")
     parser.add_argument("--token-grid", type=int, metavar="N", help="tokens an axis (default: size / 16)")
     parser.add_argument("--flip", action="store_true", help="features of the mirrored pictures too")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="that computes the features")
     workers = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     parser.add_argument("--workers", type=int, default=workers, help="processes that decode")
     parser.add_argument("--limit", type=int, help="take at most that many images, evenly spread over the source")

@@ -5,22 +5,26 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import platform
 import socket
-from collections.abc import MutableMapping
-from contextlib import closing
+from collections.abc import Iterator, MutableMapping
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from repa_scale import cuda
+from repa_scale import cuda, host_group, timeouts
+from repa_scale.caches import use_local_caches
 from repa_scale.errors import ConfigError, MachineError
 from repa_scale.placement import adopt
-from repa_scale.rendezvous import elastic_store
+from repa_scale.rendezvous import elastic_store, meeting_store
+from repa_scale.roll_call import Report, join, telling
 
 log = logging.getLogger("repa_scale")
 _SET_BY_US: dict[str, str] = {}  # variables that `start` made for a process alone
+_timeout = timedelta(seconds=timeouts.collectives())  # of the process group
 
 
 @dataclass(frozen=True)
@@ -37,29 +41,48 @@ class Ranks:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def timeout(self) -> timedelta:
+        """Of a collective of the process group, and of the groups that are made from it."""
+        return _timeout
+
     @classmethod
     def from_environment(cls, device: str = "auto", environment: MutableMapping[str, str] = os.environ) -> Ranks:
-        """As the launcher says, whichever it is (placement.py); without one: a process alone.
+        """As the launcher says, whichever it is (placement.py); without one: a process alone. A rank that cannot have
+        its device tells the others.
 
         Raises:
             ConfigError: the launcher's variables are incomplete, or `pick_device` refuses `device`.
         """
         place = adopt(environment)
-        return cls(
-            place.rank, place.local_rank, place.world_size, pick_device(device, place.local_rank), place.local_size
-        )
+        use_local_caches(environment)
+        with telling(place.rank, place.world_size):
+            found = pick_device(device, place.local_rank)
+        return cls(place.rank, place.local_rank, place.world_size, found, place.local_size)
 
-    def start(self, timeout_minutes: float = 30.0) -> None:
+    def telling(self) -> AbstractContextManager[None]:
+        """What ends this rank inside, before `start`, is told to the others, which then end with the same line."""
+        return telling(self.rank, self.world_size)
+
+    def start(self, timeout: float | None = None, words_only: bool = False) -> None:
         """Joins the process group (NCCL on CUDA, gloo elsewhere). One process alone makes a group of its own.
+
+        Args:
+            timeout: seconds after which a collective is aborted; None: as without a watchdog (timeouts.py).
+            words_only: the ranks exchange barriers and objects, and no tensors: gloo, with the host group's patience.
 
         Raises:
             MachineError: on CUDA without NCCL.
+            ConfigError: the ranks do not fit each other, or one of them cannot join (roll_call.py); on every rank.
+            UserError: the ranks' hosts cannot connect to each other.
         """
         if dist.is_initialized():
             return
-        if self.device.type == "cuda":
-            if problem := cuda.nccl_problem(cuda.look()):
+        nccl = self.device.type == "cuda" and not words_only
+        with self.telling():
+            if nccl and (problem := cuda.nccl_problem(cuda.look())):
                 raise MachineError(problem)
+        if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         else:
             _keep_freed_memory()
@@ -73,41 +96,65 @@ class Ranks:
             }
             os.environ.update(ours)
             _SET_BY_US.update(ours)
-        timeout = timedelta(minutes=timeout_minutes)
-        dist.init_process_group(
-            "nccl" if self.device.type == "cuda" else "gloo",
-            store=elastic_store(self.rank, self.world_size, timeout),
-            rank=self.rank,
-            world_size=self.world_size,
-            timeout=timeout,
-        )
+        global _timeout
+        _timeout = timedelta(seconds=timeouts.HOST if words_only else timeout or timeouts.collectives())
+        many = self.world_size > 1
+        store = self._meet() if many else elastic_store(0, 1, timedelta(seconds=timeouts.JOIN))
+        if nccl:
+            # Bound to a device NCCL connects here, where a fault has a name, and later groups are split from this one.
+            bound = self.device if many else None
+            self._init("nccl", store, timeout=_timeout, device_id=bound)
+        else:
+            host_group.choose_interface()
+            with host_group.connecting():
+                self._init("gloo", store, timeout=host_group.CONNECT)
+            host_group.set_timeout(_timeout)
+        if many and not words_only:
+            host_group.open_group()
+
+    @contextmanager
+    def joined(self, words_only: bool = False) -> Iterator[None]:
+        """`start`, and `leave` at the end. After an error only a process alone leaves: others may be in a collective,
+        and leaving would wait for them."""
+        self.start(words_only=words_only)
+        try:
+            yield
+        except BaseException:
+            if self.world_size == 1:
+                self.leave()
+            raise
+        self.leave()
+
+    def _init(self, backend: str, store: dist.Store | None, **words: object) -> None:
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, **words)
+
+    def _meet(self) -> dist.Store:
+        """The store where all ranks have come and fit each other."""
+        store = meeting_store(self.rank, self.world_size, timedelta(seconds=timeouts.JOIN))
+        gpus = torch.cuda.device_count() if self.device.type == "cuda" else 0
+        report = Report(platform.node(), self.device.type, gpus)
+        join(store, self.rank, self.world_size, report, timeouts.JOIN)
+        return store
 
     def leave(self) -> None:
         """Leaves the process group; without it some runs abort at exit."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        while _SET_BY_US:  # else a process that is started later would take our port for its own
-            os.environ.pop(_SET_BY_US.popitem()[0], None)
+        leave_group()
 
     def barrier(self) -> None:
-        if dist.is_initialized():
-            dist.barrier()
+        """Waits for all ranks, on the host: work on the device goes on."""
+        if self._shared():
+            host_group.barrier()
 
     def broadcast_object(self, value: object) -> object:
         """Rank 0's `value`, on every rank."""
-        if not dist.is_initialized():
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
+        return host_group.broadcast(value) if self._shared() else value
 
     def gather_objects(self, value: object) -> list:
         """Every rank's `value`, in the order of the ranks, on every rank."""
-        if not dist.is_initialized():
-            return [value]
-        boxes: list = [None] * self.world_size
-        dist.all_gather_object(boxes, value)
-        return boxes
+        return host_group.gather(value) if self._shared() else [value]
+
+    def _shared(self) -> bool:
+        return self.world_size > 1 and dist.is_initialized()
 
     def store(self) -> dist.Store:
         """The key-value store of the process group, over a connection of its own: for threads that must not disturb
@@ -119,25 +166,33 @@ class Ranks:
             return store
 
 
+def leave_group() -> None:
+    """Leaves the process group that `Ranks.start` joined, if there is one."""
+    host_group.forget()
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+    while _SET_BY_US:  # else a process that is started later would take our port for its own
+        os.environ.pop(_SET_BY_US.popitem()[0], None)
+
+
 def pick_device(device: str, local_rank: int = 0) -> torch.device:
     """`auto`: the local rank's GPU where there is one, else the CPU; the log says why if torch or a driver is for CUDA.
 
     Raises:
-        MachineError: `cuda` asked for where there is none, or a GPU that torch can't use (cuda.py).
+        MachineError: `cuda` asked for where there is none, or a GPU that torch can't use (cuda.py), which `auto` does
+            not pass over either: a run on the CPU would be a hundred times slower, without a word.
         ConfigError: more processes on this machine than GPUs.
     """
     if device == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
         facts = cuda.look()
-        problem = cuda.device_problem(facts)
-        if problem or device == "cuda":
-            cpu = (
-                "set the device to cpu (train.device=cpu, --device cpu)"
-                if device == "cuda"
-                else "hide the GPUs: CUDA_VISIBLE_DEVICES=-1"
+        if problem := cuda.device_problem(facts):
+            raise MachineError(f"device {device}: {problem}; or set the device to cpu (train.device=cpu, --device cpu)")
+        if device == "cuda":
+            raise MachineError(
+                f"device cuda: {cuda.absence(facts)}; or set the device to cpu (train.device=cpu, --device cpu)"
             )
-            raise MachineError(f"device {device}: {problem or cuda.absence(facts)}; or {cpu}")
         if facts.built or facts.driver:
             level = logging.INFO if facts.built else logging.WARNING
             log.log(level, "device auto: the CPU, because %s", cuda.absence(facts))

@@ -1,4 +1,5 @@
-"""Where the ranks meet under torchrun, whose store outlives its restarts: a corner of it for this start alone.
+"""Where the ranks meet: at a store of rank 0, or at torchrun's, whose store outlives its restarts: a corner of it for
+this start alone.
 
 torch's own keys in that store are the same at every start, so after a restart a rank may read the address of a process
 that is gone. The number of restarts does not tell the starts apart either: each node's agent counts its own.
@@ -16,6 +17,21 @@ from datetime import timedelta
 import torch.distributed as dist
 
 POLL_SECONDS = 0.05
+
+
+def meeting_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+    """torchrun's store, or one that rank 0 opens at MASTER_ADDR and MASTER_PORT; under a prefix of its own.
+
+    Raises:
+        RuntimeError, TimeoutError: it cannot be reached, or opened.
+    """
+    store = elastic_store(rank, world_size, timeout)
+    if store is None:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(
+            address, port, world_size, is_master=rank == 0, timeout=timeout, wait_for_workers=False, multi_tenant=True
+        )
+    return dist.PrefixStore("repa_scale", store)
 
 
 def elastic_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store | None:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import torch
 
+from repa_scale import arithmetic
 from repa_scale.config import SampleConfig
 from repa_scale.errors import ConfigError, ExitCode, UserError
 from repa_scale.features import weights_sha256
@@ -40,14 +41,12 @@ def main(argv: list[str]) -> int:
     a folder, grid.png."""
     args = _parse(argv)
     ranks = Ranks.from_environment(args.device)
-    _check(args)
-    trained = load_trained(args.source, args.weights)
-    settings = _settings(args, trained)
-    ranks.start()
-    try:
+    with ranks.telling():
+        _check(args)
+        trained = load_trained(args.source, args.weights)
+        settings = _settings(args, trained)
+    with ranks.joined():
         return _run(args, trained, settings, ranks)
-    finally:
-        ranks.leave()
 
 
 def _run(args: argparse.Namespace, trained: Trained, settings: SampleConfig, ranks: Ranks) -> ExitCode:
@@ -63,7 +62,8 @@ def _run(args: argparse.Namespace, trained: Trained, settings: SampleConfig, ran
         drawer = Drawer(trained, recipe, latents, ranks.device)
         if ranks.is_main:
             _tell_labels(recipe)
-        stopped = draw_missing(blocks, drawer, ranks, stop)
+        with arithmetic.within(drawer.float32):  # here too, for the threads that draw
+            stopped = draw_missing(blocks, drawer, ranks, stop)
         if stopped:
             _say(
                 ranks,
@@ -128,7 +128,7 @@ def make_recipe(
         compile=args.compile == "on" or (args.compile == "auto" and worth),
         rounding=ROUNDING,
         device=device_of(device),
-        versions=versions(() if latents.vae is None else ("diffusers",)),
+        versions=versions(() if latents.vae is None else ("diffusers",)) | arithmetic.libraries(device),
     )
 
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext, suppress
 import numpy as np
 import torch
 
+from repa_scale import arithmetic
 from repa_scale.config import SampleConfig
 from repa_scale.errors import DataError, UserError
 from repa_scale.health import StopRequest
@@ -27,6 +28,17 @@ from repa_scale.trained import Trained
 LOOK_SECONDS = 0.5  # between looks at the blocks of all processes
 TELL_SECONDS = 60.0  # between lines where there is no terminal
 PATIENCE = 30.0  # seconds for the last blocks of other machines to be seen in a shared folder
+# Of Inductor: what it would choose by timing on the machine decides in which order a reduction sums. Settings of the
+# environment that would have it time all the same are overruled.
+REPRODUCIBLE = {
+    "deterministic": True,
+    "max_autotune": False,
+    "max_autotune_gemm": False,
+    "max_autotune_pointwise": False,
+    "coordinate_descent_tuning": False,
+    "benchmark_fusion": False,
+    "benchmark_epilogue_fusion": False,
+}
 
 
 class Drawer:
@@ -42,9 +54,8 @@ class Drawer:
         self.model = trained.build(device)
         if recipe.compile:
             for block in self.model.blocks:
-                block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
-        if recipe.precision != "fp32" and device.type == "cuda":
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+                block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, options=REPRODUCIBLE)
+        self.float32 = "tf32" if recipe.precision != "fp32" and device.type == "cuda" else "fp32"
 
     @torch.no_grad()
     def __call__(self, block: int) -> np.ndarray:
@@ -53,6 +64,10 @@ class Drawer:
         Raises:
             DataError: the model's numbers are not finite.
         """
+        with arithmetic.within(self.float32):
+            return self._draw(block)
+
+    def _draw(self, block: int) -> np.ndarray:
         recipe = self.recipe
         index = torch.arange(block * recipe.block, (block + 1) * recipe.block, device=self.device)
         with self._precision():

@@ -30,7 +30,8 @@ class Recipe:
         classes: `balanced`: label = number mod classes; `random`: drawn by (seed, number), as ADM's sampler does; or
             the labels that were asked for, in turn.
         latents: name, weights and the fingerprint of their values.
-        device: whose arithmetic it is.
+        compile: by Inductor, which then chooses nothing by timing.
+        device: whose arithmetic it is; versions: of what computes on it, cuBLAS and cuDNN on a GPU.
     """
 
     checkpoint: str
@@ -92,9 +93,12 @@ def differing(a: dict[str, Any], b: dict[str, Any]) -> str:
 
 
 def device_of(device: torch.device) -> str:
-    """The kind of device: another one's products round in other places."""
+    """The kind of device: another one's products round in other places. Of a GPU: name, architecture, multiprocessors
+    (a part of a GPU, too, is of another kind)."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        facts = torch.cuda.get_device_properties(device)
+        architecture = getattr(facts, "gcnArchName", "") or f"sm_{facts.major}{facts.minor}"
+        return f"{facts.name} {architecture} {facts.multi_processor_count} SMs"
     return f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 

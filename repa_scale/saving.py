@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from repa_scale import devices
+from repa_scale import devices, timeouts
 from repa_scale.checkpoint import KINDS, Piece, publish, step_folder, write_manifest, write_pieces
 from repa_scale.config import CheckpointConfig
 from repa_scale.ema import ShardEma
@@ -32,7 +32,6 @@ from repa_scale.retention import prune
 TRIES = 4  # of one checkpoint; then the next one that is due takes its place
 PAUSE_SECONDS = 5.0  # before the first further try; doubled for each
 WAITING_PAUSE_SECONDS = 1.0  # the same while training waits for it
-PATIENCE_SECONDS = 1800.0  # how long rank 0 waits for the other ranks' files
 POLL_SECONDS = 0.02
 LAST_SECONDS = 20.0  # that a failed run's process still gives to the save in flight
 
@@ -87,9 +86,14 @@ class Saver:
         self._ending = False
         atexit.register(self._end)
 
-    def save(self, step: int, attempt: int, facts: dict, wait: bool = False) -> None:
+    def save(
+        self, step: int, attempt: int, facts: dict, wait: bool = False, trying: Callable[[], None] = lambda: None
+    ) -> None:
         """Takes the state as it is now; all ranks call it together. Returns when the copy is made, or with `wait`
         when the checkpoint is published.
+
+        Args:
+            trying: called before each try that is waited for.
 
         Raises:
             SaveError: with `wait`, when all tries failed.
@@ -101,9 +105,11 @@ class Saver:
         self._job = Job(step, attempt, facts, self._copy(), self._number)
         self._start()
         if wait or not self.policy.asynchronous:
+            trying()
             self.settle()
         while wait and self._job is not None and self._job.tries < TRIES:
             time.sleep(WAITING_PAUSE_SECONDS * self._job.tries)
+            trying()
             self._start()
             self.settle()
         if wait and self._job is not None:
@@ -229,10 +235,10 @@ class Saver:
 
     def _wait_for(self, name: str, otherwise: str) -> None:
         """Polls: a store that waits for one thread serves no other."""
-        until = time.monotonic() + PATIENCE_SECONDS
+        until = time.monotonic() + timeouts.SAVER
         while not self._store.check([name]):
             if self._ending:
                 raise OSError("the run ended meanwhile")
             if time.monotonic() > until:
-                raise OSError(f"{otherwise} in {PATIENCE_SECONDS:.0f} s")
+                raise OSError(f"{otherwise} in {timeouts.SAVER:.0f} s")
             time.sleep(POLL_SECONDS)

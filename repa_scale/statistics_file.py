@@ -24,9 +24,15 @@ DIGEST = hashlib.sha256().digest_size  # bytes
 log = logging.getLogger(__name__)
 
 
-def statistics_name(prefix: str, *essence: object) -> str:
-    """The file's name, which changes with `essence`, plain JSON: all that the statistics depend on."""
-    return f"{prefix}_{hashlib.sha256(json.dumps([VERSION, *essence]).encode()).hexdigest()[:32]}.npz"
+def statistics_name(prefix: str, *essence: object, arithmetic: str = "") -> str:
+    """The file's name, which changes with all that the statistics depend on.
+
+    Args:
+        essence: plain JSON.
+        arithmetic: of arithmetic.name; empty for fp32 on a CPU, whose files keep the names of earlier releases.
+    """
+    parts = [VERSION, *essence] + ([arithmetic] if arithmetic else [])
+    return f"{prefix}_{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}.npz"
 
 
 def write_statistics(file: Path, moments: dict[str, Moments], kept: dict[str, Tensor]) -> None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from repa_scale.errors import OUTCOME_VARIABLE, ExitCode, UserError
-from repa_scale.processes import end_all_marked
+from repa_scale.processes import REMEDY, Process, end_all_marked, marked
 
 EXAMPLE = (
     "repa-scale supervise -- deepspeed --num_gpus 8 --module repa_scale.train experiment=repa_sit_xl run.dir=runs/xl"
@@ -29,6 +29,7 @@ MARK = (
     "REPA_SCALE_SUPERVISED"  # in the environment of all that a start has started, so that nothing of it is left behind
 )
 LONGEST_PAUSE = 300.0  # seconds
+LOOK_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,14 @@ class Ended:
         state: of status.json; `killed` where it still says running.
         code: the highest that a rank left, or the command's own.
         progress: the newest checkpoint's step.
+        left: processes that outlived their SIGKILL: of this machine, or by name of another.
     """
 
     state: str
     code: int
     reason: str
     progress: int
+    left: tuple[Process | str, ...] = ()
 
 
 def main(argv: list[str]) -> int:
@@ -84,6 +87,8 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         starts, without_progress, pause = 0, 0, self.pause
+        held: list[Process | str] = []  # of earlier starts, and what they hold is not free
+        excused = 0  # starts that met such
         best, last = _newest_step(self.folder), None
         while True:
             starts += 1
@@ -99,10 +104,17 @@ class Supervisor:
             if ended.state == "preempted" or self._stopping:
                 _say("preempted and saved; the same command goes on" if ended.state == "preempted" else "stopped")
                 return ExitCode.PREEMPTED if ended.state == "preempted" else ExitCode.FAILED
+            met = ", ".join(map(str, held)) if ended.progress <= best else ""
             if ended.progress > best:
-                best, without_progress, pause = ended.progress, 0, self.pause
+                best, without_progress, excused, pause = ended.progress, 0, 0, self.pause
+            elif met:
+                excused += 1
             else:
                 without_progress += 1
+            if excused >= self.failures:
+                self._note("gave_up", ended, starts, f"{excused} starts met what does not end: {met}")
+                _say(f"giving up: {excused} starts met {met}, which SIGKILL does not end; {REMEDY}")
+                return ExitCode.FAILED
             if without_progress >= self.failures:
                 same = " with the same reason" if last and last.reason == ended.reason else ""
                 self._note("gave_up", ended, starts, f"{without_progress} failures without progress")
@@ -112,8 +124,11 @@ class Supervisor:
                 )
                 return ExitCode.FAILED
             last = ended
-            self._note("restart", ended, starts, f"waits {pause:g} s")
-            _say(f"start {starts} ended: {ended.state}, {ended.reason or f'code {ended.code}'}; again in {pause:g} s")
+            met = met and f"; not counted, as it met {met}"
+            self._note("restart", ended, starts, f"waits {pause:g} s{met}")
+            reason = ended.reason or f"code {ended.code}"
+            _say(f"start {starts} ended: {ended.state}, {reason}{met}; again in {pause:g} s")
+            held = self._awaited([*(p for p in held if isinstance(p, Process)), *ended.left], ended, starts)
             self._sleep(pause)
             if self._stopping:
                 return ExitCode.FAILED
@@ -129,8 +144,13 @@ class Supervisor:
                 child = subprocess.Popen(self.command, env=environment, start_new_session=True)
             except OSError as error:
                 raise UserError(f"{self.command[0]} cannot be started ({error.strerror}); is it on the PATH?") from None
-            code = child.wait()
-            end_all_marked(MARK, mark)
+            code, known = None, set()
+            while code is None:
+                try:
+                    code = child.wait(LOOK_SECONDS)
+                except subprocess.TimeoutExpired:
+                    known.update(marked(MARK, mark))  # one that is ending is not found any more
+            stuck = end_all_marked(MARK, mark, known, lambda left: _say(f"waits for {', '.join(map(str, left))}"))
             left = [json.loads(path.read_text()) for path in Path(outcomes).glob("rank_*.json")]
         status = _status(self.folder)
         state, reason = status.get("state", ""), status.get("reason", "")
@@ -141,7 +161,21 @@ class Supervisor:
         bad = [each for each in left if each["code"] == ExitCode.BAD_INPUT]
         # Ranks that only lost their partner leave other codes than the one that found the reason.
         chosen = (bad or sorted(left, key=lambda each: -each["code"]) or [{"code": abs(code), "error": ""}])[0]
-        return Ended(state, chosen["code"], reason or chosen["error"], _newest_step(self.folder))
+        elsewhere = [process for each in left for process in each.get("left", ())]
+        return Ended(state, chosen["code"], reason or chosen["error"], _newest_step(self.folder), (*stuck, *elsewhere))
+
+    def _awaited(self, left: list[Process | str], ended: Ended, starts: int) -> list[Process | str]:
+        """Those of `left` that are still there after a while; what other machines hold cannot be seen from here."""
+        if not left:
+            return []
+        names = ", ".join(map(str, left))
+        self._note("processes_left", ended, starts, f"not ended by SIGKILL: {names}; waits {LONGEST_PAUSE:g} s")
+        _say(f"not ended by SIGKILL: {names}; a driver holds it, and the memory of its GPU")
+        until = time.monotonic() + LONGEST_PAUSE
+        while left and time.monotonic() < until and not self._stopping:
+            time.sleep(0.1)
+            left = [process for process in left if isinstance(process, str) or process.there()]
+        return left
 
     def _stop(self, *_: object) -> None:
         self._stopping = True

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-import platform
 import sys
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
 from repa_scale.errors import (
@@ -16,7 +15,6 @@ from repa_scale.errors import (
     SWEEP_VARIABLE,
     ConfigError,
     ExitCode,
-    MachineError,
     UserError,
     reason,
 )
@@ -27,16 +25,19 @@ log = logging.getLogger("repa_scale")
 def main(argv: list[str] | None = None) -> int:
     """Parses the run's keys, trains, and returns the exit code that all ranks agree on."""
     argv = sys.argv[1:] if argv is None else argv
-    code, error = _main(argv)
+    code, error, together = _main(argv)
     _leave_outcome(code, error)
+    if together or _alone():
+        _leave()
+    # Else the others may be in a collective, and leaving would wait for them: the process ends as it is (end_process).
     if code == INTERRUPTED:  # who pressed Ctrl-C twice waits for no save any more
         logging.shutdown()
         os._exit(code)
     return code
 
 
-def _main(argv: list[str]) -> tuple[int, str]:
-    """The exit code, and the error behind it on one line."""
+def _main(argv: list[str]) -> tuple[int, str, bool]:
+    """The exit code, the error behind it on one line, and whether all ranks come to that code together."""
     from repa_scale.compose import SWEEP, compose_with_origin, print_requested
     from repa_scale.placement import adopt
 
@@ -44,31 +45,32 @@ def _main(argv: list[str]) -> tuple[int, str]:
         if any(word in SWEEP for word in argv):
             from repa_scale.sweep import main as sweep
 
-            return int(sweep(argv)), ""
-        adopt()
+            return int(sweep(argv)), "", True
+        place = adopt()
         if print_requested(argv):
-            return ExitCode.COMPLETED, ""
+            return ExitCode.COMPLETED, "", True
         _log_to_console()
-        return int(run(*compose_with_origin(argv))), ""
+        with _telling(place):
+            composed = compose_with_origin(argv)
+        return int(run(*composed)), "", True
     except UserError as error:
-        _say(error)
-        return ExitCode.BAD_INPUT, str(error)
+        if int(os.environ.get("RANK", 0)) == 0:  # the others found the same, or have said theirs (roll_call.py)
+            print(f"repa-scale: error: {error}", file=sys.stderr, flush=True)
+        return ExitCode.BAD_INPUT, str(error), False
     except KeyboardInterrupt:
-        return INTERRUPTED, "interrupted"
+        return INTERRUPTED, "interrupted", False
     except Exception as error:
         log.exception("the run failed")
-        return ExitCode.FAILED, f"{type(error).__name__}: {reason(error)}"
-    finally:
-        _leave()
+        return ExitCode.FAILED, f"{type(error).__name__}: {reason(error)}", False
 
 
-def _say(error: UserError) -> None:
-    """On rank 0 alone, because the others found the same. What one machine lacks, each machine's first rank says."""
-    rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
-    if rank == 0:
-        print(f"repa-scale: error: {error}", file=sys.stderr)
-    elif isinstance(error, MachineError) and local_rank == 0:
-        print(f"repa-scale: error on {platform.node()}: {error}", file=sys.stderr)
+def _telling(place) -> AbstractContextManager[None]:
+    """`roll_call.telling`, without torch where there is nobody to tell."""
+    if place.world_size == 1:
+        return nullcontext()
+    from repa_scale.roll_call import telling
+
+    return telling(place.rank, place.world_size)
 
 
 def _leave_outcome(code: int, error: str) -> None:
@@ -85,15 +87,18 @@ def run(config, origin) -> ExitCode:
     Args:
         origin: which of its values were asked for (repa_scale.compose.Origin); a resumed run keeps its own others.
     """
+    from repa_scale import flight_recorder, timeouts
     from repa_scale.compose import resolved_yaml
     from repa_scale.ranks import Ranks
     from repa_scale.run_folder import stored_identity
 
     ranks = Ranks.from_environment(config.train.device)
-    given, stored = config, stored_identity(Path(config.run.dir))
-    config, kept = _resumed(given, stored, origin)
-    dataset, parameters, ds_config = check(config, ranks)
-    ranks.start()
+    with ranks.telling():
+        given, stored = config, stored_identity(Path(config.run.dir))
+        config, kept = _resumed(given, stored, origin)
+        dataset, parameters, ds_config = check(config, ranks)
+    flight_recorder.prepare(Path(config.run.dir) / "log")
+    ranks.start(timeouts.collectives(config.health.hang_seconds))
     theirs = _on_main(ranks, lambda: _stored(given))
     if theirs != stored:  # the run is restored from its upload, or the file system showed this rank an older folder
         stored = theirs
@@ -115,17 +120,17 @@ def run(config, origin) -> ExitCode:
     if kept:
         log.info("resuming with stored values instead of defaults: %s", "; ".join(kept))
     if config.train.deterministic:
-        import torch
+        from repa_scale.deterministic import use_deterministic_algorithms
 
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+        use_deterministic_algorithms()
     from repa_scale.engine import import_deepspeed
     from repa_scale.files import write_atomically
     from repa_scale.redact import redacted
     from repa_scale.tracking import open_tracker
     from repa_scale.trainer import Trainer
+    from repa_scale.watchdog import report_failure
 
-    import_deepspeed()
+    import_deepspeed(ranks.device.type)
     tracker = None
     try:
         if ranks.is_main:
@@ -136,6 +141,8 @@ def run(config, origin) -> ExitCode:
     except BaseException as error:
         if folder is not None:
             folder.fail(f"{type(error).__name__}: {error}")
+        else:
+            report_failure(ranks, f"{type(error).__name__}: {reason(error)}")
         if tracker is not None:
             tracker.finish("failed")
         raise
@@ -154,9 +161,11 @@ def check(config, ranks):
     from repa_scale.alignment import check_kernel
     from repa_scale.cuda import check_precision
     from repa_scale.data.dataset import check_dataset, open_configured
+    from repa_scale.engine import choose_accelerator
     from repa_scale.tracking import check_installed
 
     check_installed(config)
+    choose_accelerator(ranks.device.type)
     if ranks.device.type == "cuda":
         check_precision(config.train.precision)
     check_kernel(config, ranks.device)
@@ -259,7 +268,7 @@ def run_identity(config, data_fingerprint: str) -> dict:
 def run_tags(config, ranks, identity: dict, dataset) -> dict[str, str]:
     """What MLflow and RUN/tags.json show of a run besides its parameters."""
     from repa_scale.deepspeed_config import zero_stage
-    from repa_scale.provenance import git_commit
+    from repa_scale.provenance import device_name, git_commit, versions
 
     terms = {} if config.method == "baseline" else config.alignment
     return {
@@ -273,13 +282,13 @@ def run_tags(config, ranks, identity: dict, dataset) -> dict[str, str]:
         "data_fingerprint": dataset.fingerprint,
         "git_commit": git_commit(),
         "world_size": str(ranks.world_size),
-        "device": _device_name(ranks.device),
+        "device": device_name(ranks.device),
         "precision": config.train.precision,
         "seed": str(config.seed),
         "zero_stage": str(zero_stage(config)),
         "run_dir": str(Path(config.run.dir).absolute()),
         "command": " ".join(["repa-scale train", *sys.argv[1:]]),
-        "versions": _versions(),
+        "versions": versions(),
         **({"sweep": os.environ[SWEEP_VARIABLE]} if SWEEP_VARIABLE in os.environ else {}),
     }
 
@@ -339,25 +348,6 @@ def _restore(path: Path, url: str, identity: dict) -> None:
         raise UserError(f"run.dir={path}: the checkpoint of {KEY}={url} cannot be written there ({error})") from None
 
 
-def _device_name(device) -> str:
-    import torch
-
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
-
-
-def _versions() -> str:
-    """Of the packages that decide what a step computes: `repa_scale 0.1.0, torch 2.13.0, ...`."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = [f"python {platform.python_version()}"]
-    for package in ("repa-scale", "torch", "deepspeed", "numpy", "timm", "diffusers", "mosaicml-streaming", "triton"):
-        try:
-            found.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            continue
-    return ", ".join(found)
-
-
 def _log_to_console() -> None:
     """Rank 0's log to stderr."""
     from repa_scale.redact import RedactedFormatter
@@ -370,13 +360,21 @@ def _log_to_console() -> None:
     log.propagate = False
 
 
+def _alone() -> bool:
+    """Whether no other process is in a process group with this one."""
+    if "torch" not in sys.modules:
+        return True
+    import torch.distributed as dist
+
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
+
+
 def _leave() -> None:
     """Leaves the process group; without it some runs abort at exit."""
     if "torch" in sys.modules:
-        import torch.distributed as dist
+        from repa_scale.ranks import leave_group
 
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
+        leave_group()
 
 
 if __name__ == "__main__":

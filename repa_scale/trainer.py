@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from repa_scale import devices, evaluations
+from repa_scale import arithmetic, devices, evaluations, timeouts
 from repa_scale.checkpoint import MANIFEST, step_folder
 from repa_scale.clock import Clock
 from repa_scale.config import Config
@@ -46,7 +46,6 @@ from repa_scale.uploads import Uploads
 from repa_scale.watchdog import Watchdog
 from repa_scale.windows import Window, batch_number
 
-UPLOAD_SECONDS = 900.0  # how long the end of a run waits for its last checkpoint to be uploaded
 WAIT_SHARE = 0.02  # of a step, waiting for data, above which a warning is due
 log = logging.getLogger("repa_scale")
 
@@ -74,6 +73,7 @@ class Trainer:
         ds_config: dict,
         decoder: str = "pillow",
     ) -> None:
+        arithmetic.use(arithmetic.of_training(config.train.precision))
         self.config, self.ranks, self.dataset = config, ranks, dataset
         self.run, self.tracker, self.identity = run, tracker, identity
         self.decoder = decoder
@@ -193,11 +193,11 @@ class Trainer:
     def roll_back(self, window: Window) -> int | None:
         """Goes back to before the window, which is never trained on again. Returns the steps done, or None: it
         happened too often."""
+        self.watchdog.enter("rollback", window.step)
         self.saver.give_up()
         if len(self.left_out.noted) >= self.config.health.max_rollbacks:
             self._incident("diverged", step=window.step, rollbacks=len(self.left_out.noted))
             return None
-        self.watchdog.enter("rollback", window.step)
         began = time.perf_counter()
         if self.run is not None:
             self.run.next_attempt()
@@ -318,7 +318,9 @@ class Trainer:
             self.note_faults(step, batch)
         values = dict(zip(names, shared.means, strict=True))
         if save_failed:
+            self.watchdog.enter("save", step)
             self.saver.retry()
+            self.watchdog.enter("record", step)
         for name, mean in values.items():
             self._means.setdefault(name, []).append(mean)
         window = self._judge(step, values["loss"], outcome, batch)
@@ -425,7 +427,7 @@ class Trainer:
         row = _loss_row(means) if means else {}
         facts["metrics"] = {name: mean for name, mean in row.items() if math.isfinite(mean)}
         self._means = {}
-        self.saver.save(step, self.attempt, facts, wait)
+        self.saver.save(step, self.attempt, facts, wait, lambda: self.watchdog.enter("waiting save", step))
         if self.goodput is not None:
             self.goodput.add("save", time.perf_counter() - began)
 
@@ -492,7 +494,7 @@ class Trainer:
 
     def _patience(self, state: str) -> float:
         """Seconds that the end of the run may wait for an upload: not beyond the grace of a run that has to stop."""
-        return UPLOAD_SECONDS if state != "preempted" else self.config.health.grace_seconds / 2 - self.stop.seconds
+        return timeouts.UPLOAD if state != "preempted" else self.config.health.grace_seconds / 2 - self.stop.seconds
 
     def _mean_seconds(self) -> dict[str, float]:
         """Seconds of each phase, averaged over the steps since the last row, and the rate that follows from them."""

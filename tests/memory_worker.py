@@ -26,7 +26,7 @@ def main(file: str, stage: int, words: list[str]) -> None:
     ranks = Ranks.from_environment("cpu")
     ranks.start()
     give_freed_memory_back()
-    import_deepspeed()
+    import_deepspeed("cpu")
     settings = deepspeed_dict(config, ranks.world_size, count_parameters(config), "cpu")
     settings["zero_optimization"]["stage"] = stage
     small = compose([*words, "model.name=SiT-Nano/8", "alignment.repa.depth=1", "alignment.repa.projector_dim=8"])

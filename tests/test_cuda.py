@@ -140,7 +140,10 @@ import contextlib, io, json, os, sys
 from types import SimpleNamespace
 from unittest.mock import patch
 import torch
+from repa_scale import timeouts
 from repa_scale.train import main
+
+timeouts.TELL = 0.2  # rank 0 is not there
 
 def start(variables, **answers):
     said = io.StringIO()
@@ -184,8 +187,10 @@ def test_the_start_is_refused_before_the_processes_join(digits, tmp_path):
     old, far, second, turing, alone, bare = json.loads(done.stdout.splitlines()[-1])
     assert [(code, joined) for code, _, joined in (old, far, second, turing, alone, bare)] == [(64, False)] * 6
     assert "error: device auto: the NVIDIA driver runs CUDA 12.4 at most, and torch" in old[1]
-    assert f"error on {os.uname().nodename}: device auto: the NVIDIA driver" in far[1], "of its node it is the first"
-    assert "NVIDIA driver" not in second[1]
+    for said in far[1], second[1]:  # no verdict of rank 0 says that another rank of the node prints it
+        assert (
+            f"error on {os.uname().nodename} rank 9: device auto: the NVIDIA driver" in said and said.count("\n") == 1
+        )
     assert "error: GPU 0 is sm_75, and train.precision=bf16 needs sm_80" in turing[1]
     assert "for CUDA 13.0 has no NCCL" in alone[1]
     assert "error: alignment.kernel=auto: Triton needs a C compiler" in bare[1]

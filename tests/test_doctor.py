@@ -16,7 +16,7 @@ from launching import BIN
 from repa_scale import cuda
 from repa_scale.cli import main
 from repa_scale.cuda import Facts
-from repa_scale.doctor import across, gpus, machine, network, reach, software
+from repa_scale.doctor import across, fork, gpus, machine, network, reach, software
 from repa_scale.doctor.finding import Finding, Look
 from repa_scale.doctor.link import rounds
 from repa_scale.doctor.network import Measured
@@ -24,6 +24,7 @@ from repa_scale.doctor.node import run
 from repa_scale.doctor.nodes import Answer
 from repa_scale.doctor.page import page
 from repa_scale.doctor.table import CHECKS
+from repa_scale.launch.environment import forwarded
 
 HOPPER = Facts("2.13.0", built="13.0", driver="13.1", gpus=1, capabilities=((9, 0),), oldest=(7, 5), nccl="2.29.7")
 
@@ -84,7 +85,8 @@ def test_a_gpu_that_is_not_well_is_named(nvidia_smi, check, setting, words):
         (replace(HOPPER, nccl=None), "FAIL", "has no NCCL"),
         (replace(HOPPER, built="12.6", oldest=(5, 0)), "FAIL", "nvidia-dali-cuda130 is not for CUDA 12.6"),
         (replace(HOPPER, driver=None, gpus=0, capabilities=()), "warn", "there is no NVIDIA driver"),
-        (Facts(torch="2.13.0+cpu", driver="13.0", gpus=8), "FAIL", "is not a CUDA build, though there is a driver"),
+        (Facts(torch="2.13.0+cpu", driver="13.0", gpus=8), "FAIL", "8 GPUs, but torch 2.13.0+cpu is not a CUDA build"),
+        (Facts(torch="2.13.0+cpu", driver="13.0"), "FAIL", "is not a CUDA build, though there is a driver"),
         (Facts(torch="2.13.0+cpu"), "note", "is not a CUDA build"),
     ],
 )
@@ -243,7 +245,7 @@ def test_alone_and_in_json(digits, tmp_path):
     bad = [each for each in told["findings"] if each["state"] == "FAIL"]
     assert done.returncode == (70 if bad else 0), done.stderr
     assert not bad, bad
-    assert {each["check"] for each in told["findings"]} >= set(CHECKS) - {"nvlink", "xid"}
+    assert {each["check"] for each in told["findings"]} >= set(CHECKS) - {"nvlink", "xid", "fork"}
     assert list(tmp_path.iterdir()) == [], "it leaves nothing behind"
 
 
@@ -260,6 +262,49 @@ def test_alone_and_in_json(digits, tmp_path):
 def test_a_mistake_is_one_line(words, line, capsys):
     assert main(["doctor", *words]) == 64
     assert line in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("driver", "status", "variables", "said"),
+    [
+        ("mlx5_core", 0, {}, None),
+        ("efa", 2, {}, "ok 1 EFA devices; the kernel copies pages on fork"),
+        ("efa", 0, {"FI_EFA_FORK_SAFE": "1"}, "ok 1 EFA devices; FI_EFA_FORK_SAFE is set"),
+        ("efa", 0, {"RDMAV_FORK_SAFE": "yes"}, "ok 1 EFA devices; RDMAV_FORK_SAFE is set"),
+        ("efa", 0, {"FI_EFA_FORK_SAFE": "0"}, "warn 1 EFA devices; Linux"),
+        ("efa", None, {}, "warn 1 EFA devices; libibverbs cannot tell"),
+    ],
+)
+def test_a_fork_beside_efa(driver, status, variables, said, tmp_path, monkeypatch):
+    (tmp_path / "drivers" / driver).mkdir(parents=True)
+    (tmp_path / "class" / "rdmap0" / "device").mkdir(parents=True)
+    (tmp_path / "class" / "rdmap0" / "device" / "driver").symlink_to(tmp_path / "drivers" / driver)
+    monkeypatch.setattr(fork, "INFINIBAND", tmp_path / "class")
+    monkeypatch.setattr(fork, "fork_status", lambda: status)
+    for name in fork.ASKS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    found = [f"{each.state} {each.found}" for each in fork.fork(Look())]
+    assert [text.startswith(said or "") for text in found] == [True] * bool(said)
+
+
+def test_a_list_of_gpus_that_is_too_short_is_named(nvidia_smi, monkeypatch):
+    nvidia_smi()
+    for value, said in (("4,5", "slot 7 is asked for"), ("0,x", "CUDA ends the list at 'x'")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+        found = [each for each in gpus.gpus(Look(slots=8)) if "CUDA_VISIBLE_DEVICES" in each.found]
+        assert states(found) == ["FAIL"] and said in found[0].found and found[0].remedy
+
+
+def test_what_the_network_reads_reaches_the_nodes():
+    """Variables of libfabric, EFA, verbs and the compilers, beside those of NCCL; and no machine's own."""
+    names = (
+        *("FI_PROVIDER", "FI_EFA_FORK_SAFE", "OFI_NCCL_PROTOCOL", "RDMAV_FORK_SAFE", "IBV_FORK_SAFE", "UCX_TLS"),
+        *("NCCL_DEBUG", "TORCHINDUCTOR_CACHE_DIR", "CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE"),
+    )
+    given = dict.fromkeys(names, "1")
+    assert forwarded({**given, "CUDA_VISIBLE_DEVICES": "0", "NVIDIA_VISIBLE_DEVICES": "all", "FIGURE": "1"}) == given
 
 
 def test_every_check_stands_in_the_docs():

@@ -2,10 +2,12 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from launching import SMALL, Launch, end_all, exact, train
@@ -179,10 +181,12 @@ def test_a_rank_that_hangs(words, tmp_path, rank):
 def test_a_hang_alone_ends_with_70(words, tmp_path):
     """The code of the process, and the stacks that name the line."""
     run = tmp_path / "run"
-    faults = json.dumps([["slow_data", 0, 8, 600]])
+    faults = json.dumps([["slow_data", 0, 8, 600], ["impatient", 0]])
     launch = Launch([*words, "health.hang_seconds=2"], run, 1, "alone", FAULTS=faults)
     assert launch.wait() == 70
     status = read_status(run)
+    trace = Path(status["flight_recorder"])
+    assert trace.parent == run / "log" and pickle.loads(trace.read_bytes())["entries"], "the last collectives"
     assert status["state"] == "failed" and "hung in data of step 8" in status["reason"]
     assert "next_batch" in (log := (run / "log" / "rank_0.log").read_text()) or "batches.py" in log
 

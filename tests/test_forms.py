@@ -25,7 +25,7 @@ from launching import BIN
 from PIL import Image
 from serving import save_kl_vae
 
-from repa_scale import cli
+from repa_scale import arithmetic, cli
 from repa_scale.config import SampleConfig
 from repa_scale.errors import DataError, UserError
 from repa_scale.export import Options, standalone, step, torch_export
@@ -186,16 +186,181 @@ def test_a_program_that_differs_is_not_written(form, trained, tmp_path, monkeypa
             other.model.final_layer.linear.weight.mul_(1.01)
         return step.trace_step(other, config)
 
-    class Short(step.GuidedStep):  # without the branches, which take the time
-        def forward(self, x, t, labels, guidance):
-            return self._guided(x, t, labels, guidance)
-
     monkeypatch.setattr(room, "trace_step", traces_another)
     for module in (torch_export, onnx_form, mlflow_form):
         monkeypatch.setattr(module, "build_step", lambda source, options: Short(source.build()).eval())
     errors = refused(capsys, "export", trained, "--to", form, "--out", tmp_path / "out")
     assert "differs from PyTorch by 0.0" in errors and "5e-05 is the bound" in errors
     assert list(tmp_path.iterdir()) == []
+
+
+class Short(step.GuidedStep):
+    """The guided step without its branches, which take the time of a trace."""
+
+    def forward(self, x, t, labels, guidance):
+        return self._guided(x, t, labels, guidance)
+
+
+def nodes(program):
+    for graph in program.graph_module.modules():
+        yield from graph.graph.nodes if isinstance(graph, torch.fx.GraphModule) else ()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_program_moves_to_another_device_by_to(trained, dtype):
+    """Nothing in it names the exporter's device: no constant, no assertion. `meta` stands for the other device."""
+    source = open_source(trained)
+    guided = step.build_step(source, Options(dtype=dtype))
+    assert set(guided.state_dict()) == {f"model.{name}" for name in source.build().state_dict()}
+    program = step.trace_step(Short(guided.model).eval(), source.config)
+    baked = [node.format_node() for node in nodes(program) if "device(type" in str((node.args, node.kwargs))]
+    assert baked == []
+    inputs = [value.to("meta") for value in step.step_inputs(source.config, 5, 1)]
+    assert program.module().to("meta")(*inputs).shape == (5, 1, 8, 8)
+
+
+def test_a_decoder_moves_to_another_device_by_to(of_latents):
+    decoder = step.build_decoder(trainers(of_latents)[2], Options())
+    program = step.trace_decoder(decoder, trainers(of_latents)[2].config)
+    assert [node.format_node() for node in nodes(program) if "device(type" in str((node.args, node.kwargs))] == []
+
+
+@pytest.fixture(scope="module")
+def portable(trained, tmp_path_factory):
+    """denoiser.pt2 and decoder.pt2, their facts, and the step."""
+    folder, source = tmp_path_factory.mktemp("portable"), open_source(trained)
+    short = Short(step.build_step(source, Options()).model)
+    return folder, torch_export.write_programs(source, folder, Options(), short), short
+
+
+@pytest.fixture
+def pretend_gpu(portable, monkeypatch):
+    """write() of torch-export on a machine with a GPU, as far as a CPU can tell; called with what runs there."""
+    folder, facts, short = portable
+
+    def copies(source, out, options, guided):
+        shutil.copytree(folder, out, dirs_exist_ok=True)
+        return copy.deepcopy(facts)
+
+    def start(of_cuda):
+        def compiles(program, file, device):
+            file.write_bytes(b"compiled")
+            run = program.module()
+            return run if device == "cpu" else of_cuda(run)
+
+        monkeypatch.setattr(torch_export, "_compile", compiles)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch_export, "build_step", lambda source, options: short)
+    monkeypatch.setattr(torch_export, "write_programs", copies)
+    return start
+
+
+def test_the_package_for_a_gpu_is_compared_in_float32(trained, tmp_path, pretend_gpu):
+    """A GPU's convolutions are TF32 unless torch is told otherwise, and TF32 is far beyond the bound."""
+
+    def tf32(run):
+        def wrapped(x, *others):
+            if torch.backends.cudnn.allow_tf32:  # 10 bits of mantissa, as a convolution would take its input
+                x = (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
+            return run(x, *others)
+
+        return wrapped
+
+    pretend_gpu(tf32)
+    assert torch.backends.cudnn.allow_tf32
+    facts = torch_export.write(open_source(trained), tmp_path, Options())
+    assert facts["checks"]["denoiser.cuda.aoti.pt2"]["max_error"] <= 5e-5 and facts["gpu"] == "sm_90"
+    assert "left_out" not in facts and torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize("fault", ["compiler", "memory", "error"])
+def test_a_package_for_a_gpu_that_fails_leaves_the_others(fault, trained, tmp_path, pretend_gpu, capsys):
+    def broken(run):
+        if fault == "compiler":
+            raise UserError("--to torch-export: AOTInductor failed for cuda: no nvcc")
+
+        def wrapped(*inputs):
+            if fault == "memory":
+                raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+            return 1.01 * run(*inputs)
+
+        return wrapped
+
+    pretend_gpu(broken)
+    facts = torch_export.write(open_source(trained), tmp_path, Options())
+    said = capsys.readouterr().err.splitlines()
+    part = {"compiler": "no nvcc", "memory": "out of memory", "error": "differs from PyTorch by 0.0"}[fault]
+    assert len(said) == 1 and part in said[0] and "denoiser.cuda.aoti.pt2 is left out" in said[0]
+    assert part in facts["left_out"]["denoiser.cuda.aoti.pt2"] and "gpu" not in facts
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "denoiser.pt2", "decoder.pt2", "denoiser.aoti.pt2", "sample.py", "rng.py"
+    }  # fmt: skip
+
+
+class Session:
+    """onnxruntime's, which falls back to the CPU by itself where CUDA does not start."""
+
+    def __init__(self, file, providers):
+        Session.asked = providers
+        self.found = Session.starts
+
+    def get_providers(self):
+        return self.found
+
+    def get_inputs(self):
+        return []
+
+
+def test_the_script_takes_the_program_of_its_device(tmp_path, monkeypatch):
+    import onnxruntime
+
+    opened = []
+
+    class Program:
+        def module(self):
+            return self
+
+        def to(self, device):
+            opened.append(str(device))
+            return self
+
+    monkeypatch.setattr(torch.export, "load", lambda file: Program())
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda file, **more: (Path(file).name, more))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    for name in ("denoiser.aoti.pt2", "denoiser.cuda.aoti.pt2"):
+        (tmp_path / name).touch()
+
+    def refused(words, *args):
+        with pytest.raises(standalone.Unusable, match=words) as found:
+            standalone.open_programs(tmp_path, *args)
+        assert "\n" not in str(found.value)
+
+    refused("finds no such GPU; use --device cpu", "torch", "cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert standalone.open_programs(tmp_path, "aoti", "cpu")[0] == ("denoiser.aoti.pt2", {})
+    with arithmetic.within("tf32"):
+        step_, _ = standalone.open_programs(tmp_path, "aoti", "cuda:1", {"gpu": "sm_90"})
+        assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+    assert step_ == ("denoiser.cuda.aoti.pt2", {"device_index": 1})
+    standalone.open_programs(tmp_path, "torch", "cuda:1")
+    assert opened == ["cpu", "cuda:1", "cuda:1", "cuda:1"]
+    refused("compiled for sm_80, and cuda is sm_90", "aoti", "cuda", {"gpu": "sm_80"})
+    (tmp_path / "denoiser.cuda.aoti.pt2").unlink()
+    refused("had no GPU", "aoti", "cuda", {})
+    refused("no nvcc", "aoti", "cuda", {"left_out": {"denoiser.cuda.aoti.pt2": "no nvcc"}})
+    refused("is no device", "torch", "gpu")
+    refused("run on cpu and cuda", "torch", "meta")
+
+    refused("is a build for the CPU", "onnx", "cuda")
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    Session.starts = ["CPUExecutionProvider"]
+    refused("cannot start CUDA", "onnx", "cuda:1")
+    Session.starts = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    standalone.open_programs(tmp_path, "onnx", "cuda:1")
+    assert Session.asked[0] == ("CUDAExecutionProvider", {"device_id": 1, "use_tf32": "0"})
 
 
 def test_a_program_that_gives_nan_is_refused(trained):

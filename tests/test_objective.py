@@ -2,14 +2,17 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from repa_scale.kernels import cosine_loss, normalize_tokens
 
+from repa_scale import rng
 from repa_scale.alignment import AlignmentTerm, build_terms
 from repa_scale.clock import Clock
 from repa_scale.config import Config, TermConfig
+from repa_scale.draws import draw
 from repa_scale.errors import ConfigError
 from repa_scale.interpolant import PATHS, Interpolant, time_from_normal
 from repa_scale.models.initial import initialize
@@ -33,6 +36,51 @@ def test_lognormal_times_have_the_drawn_noise_level(path):
     n = torch.randn(100, dtype=torch.float64)
     at = PATHS[path](time_from_normal(n, path))
     assert torch.allclose(at.sigma / at.alpha, n.exp())
+
+
+def exactly(path, t):
+    """Coefficients of a path in extended precision, rounded once to float32: (4, N)."""
+    x, half_pi = t.numpy().astype(np.longdouble), np.longdouble("3.14159265358979323846264338327950288") / 2
+    if path == "linear":
+        rows = (1 - x, x, -np.ones_like(x), np.ones_like(x))
+    else:
+        alpha, sigma = np.cos(x * half_pi), np.sin(x * half_pi)
+        rows = (alpha, sigma, -half_pi * sigma, half_pi * alpha)
+    return np.stack([row.astype(np.float32) for row in rows])
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_coefficients_are_rounded_once(path):
+    """Two devices whose float64 functions are good to the last bit or two then agree, but once in 1e8 values."""
+    t = rng.uniform(0, "time", 1, torch.arange(20_000), ())
+    assert t.dtype == torch.float32
+    at = PATHS[path](t)
+    ours = torch.stack([at.alpha, at.sigma, at.d_alpha, at.d_sigma])
+    assert ours.dtype == torch.float32
+    assert (ours.numpy() != exactly(path, t)).sum() <= 1
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_lognormal_times_are_rounded_once(path):
+    index = torch.arange(10_000)
+    n = rng.normal(0, "time", 1, index, (), dtype=torch.float64).numpy().astype(np.longdouble)
+    sigma, pi = np.exp(n), np.longdouble("3.14159265358979323846264338327950288")
+    wanted = (sigma / (1 + sigma) if path == "linear" else np.arctan(sigma) * 2 / pi).astype(np.float32)
+    t = draw(0, 1, index, (1, 1, 1), time="lognormal", path=path).t
+    assert t.dtype == torch.float32 and (t.numpy() != wanted).sum() <= 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("path", PATHS)
+def test_a_gpu_draws_the_times_and_noisy_latents_of_a_cpu(path, gpu):
+    index, shape = torch.arange(4096), (4, 8, 8)
+    cpu, ours = (draw(0, 1, at, shape, time="lognormal", path=path) for at in (index, index.to(gpu)))
+    assert (cpu.t != ours.t.cpu()).sum() <= 1
+    given = torch.randn(4096, *shape)
+    on_cpu = Interpolant(path)(given, cpu.noise, cpu.t)
+    on_gpu = Interpolant(path)(given.to(gpu), cpu.noise.to(gpu), cpu.t.to(gpu))
+    for a, b in zip(on_cpu, on_gpu, strict=True):
+        assert (a != b.cpu()).sum() <= 256  # of a million: the values of one image, whose coefficient differs
 
 
 def test_unknown_paths_are_refused():

@@ -152,7 +152,7 @@ def test_importing_is_quick_and_needs_torch_alone():
 def test_deepspeed_brings_neither_mlflow_nor_the_compiler():
     """Neither is needed by a rank, and each costs seconds at every start."""
     script = (
-        "import sys; from repa_scale import engine; engine.import_deepspeed()\n"
+        "import sys; from repa_scale import engine; engine.import_deepspeed('cpu')\n"
         "import deepspeed.runtime.zero.muon.muon_optimizer\n"
         "loaded = {'mlflow', 'torch._inductor'} & set(sys.modules)\nassert not loaded, loaded"
     )

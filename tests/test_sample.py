@@ -8,8 +8,10 @@ import subprocess
 import sys
 import time
 import zipfile
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ import torch
 from launching import BIN, free_port
 from safetensors.torch import save_file
 
-from repa_scale import cli, sample
+from repa_scale import arithmetic, cli, sample, sample_draw, sample_recipe
 from repa_scale.compose import compose
 from repa_scale.errors import ConfigError, DataError
 from repa_scale.models import build_sit
@@ -273,6 +275,106 @@ def test_ranks_that_would_draw_other_samples_or_do_not_see_the_folder_are_refuse
         sample.agreed([one, recipe_of(10, 4, 4, device="GPU B")])
     with pytest.raises(ConfigError, match="a folder that all nodes share"):
         sample._see(Blocks(tmp_path / "not made.npz.blocks", one))
+
+
+class Network(torch.nn.Module):
+    """A model of one block, and a latent space, which note in what arithmetic they are asked to compute."""
+
+    def __init__(self, seen):
+        super().__init__()
+        self.blocks, self.seen = torch.nn.ModuleList([torch.nn.Identity()]), seen
+
+    def build(self, device):
+        return self
+
+    def forward(self, x, t, labels):
+        self.seen.append((torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision))
+        return torch.zeros_like(x), {}
+
+    def decode(self, latents, at_a_time):
+        self.forward(latents, None, None)
+        return torch.zeros(len(latents), 3, 8, 8, dtype=torch.uint8)
+
+
+class Cuda:
+    """Says that it is a GPU; what is made on it is made on the CPU."""
+
+    type = "cuda"
+
+
+def drawer_on_a_gpu(monkeypatch, **more):
+    recipe = Recipe(
+        **{
+            **dict.fromkeys(("checkpoint", "identity_hash", "weights", "rounding", "device"), ""),
+            **{"step": 1, "sampler": "euler", "steps": 2, "guidance": 1.0, "interval": (0.0, 1.0), "seed": 0},
+            **{"count": 2, "block": 2, "decode": 2, "classes": "balanced", "num_classes": 0, "image_size": 8},
+            **{"path": "linear", "latents": ("identity", "", ""), "precision": "fp32", "compile": False},
+            "versions": {},
+            **more,
+        }
+    )
+    seen, arange = [], torch.arange
+    monkeypatch.setattr(torch, "arange", lambda *a, device="cpu", **k: arange(*a, **k))
+    trained = Network(seen)
+    trained.config = compose(["experiment=demo_repa", "model.name=SiT-Nano/2"])
+    drawer = sample_draw.Drawer(trained, recipe, trained, Cuda())
+    return drawer, seen
+
+
+@pytest.mark.parametrize(
+    ("precision", "wanted"), [("fp32", ("ieee", "ieee")), ("tf32", ("tf32", "tf32")), ("bf16", ("tf32", "tf32"))]
+)
+def test_float32_on_a_gpu_is_what_the_recipe_says(precision, wanted, monkeypatch):
+    """In the model and the VAE, in convolutions and products; torch's own default is TF32 in convolutions alone."""
+    if precision == "bf16":
+        monkeypatch.setattr(torch, "autocast", lambda *_: nullcontext())
+    drawer, seen = drawer_on_a_gpu(monkeypatch, precision=precision)
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    drawer(0)
+    assert seen == [wanted] * 3
+    assert before == (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
+
+
+def test_compiled_samples_choose_nothing_by_timing(monkeypatch):
+    from torch._inductor import config
+
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda block, **words: compiled.append(words) or block)
+    drawer_on_a_gpu(monkeypatch, compile=True)
+    options = compiled[0]["options"]
+    monkeypatch.setattr(config, "max_autotune", True)  # as TORCHINDUCTOR_MAX_AUTOTUNE=1 would
+    monkeypatch.setattr(config, "coordinate_descent_tuning", True)
+    with config.patch(options):  # raises for what Inductor does not know
+        assert config.deterministic
+        assert not (config.max_autotune or config.max_autotune_gemm or config.coordinate_descent_tuning)
+
+
+def test_the_recipe_names_what_multiplies_on_a_gpu(monkeypatch):
+    """Another architecture, part of a GPU, cuBLAS or cuDNN: another recipe, and blocks of one are not mixed."""
+    facts = SimpleNamespace(name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: facts)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
+    monkeypatch.setattr(arithmetic, "_cublas", lambda: "13.1.0")
+    gpu = torch.device("cuda")
+    assert sample_recipe.device_of(gpu) == "NVIDIA H100 80GB HBM3 sm_90 132 SMs"
+    assert arithmetic.libraries(gpu) == {"cuda": "13.0", "cublas": "13.1.0 Cublas", "cudnn": "91900"}
+    assert arithmetic.libraries(torch.device("cpu")) == {}  # a recipe of a CPU stays as earlier releases wrote it
+
+
+def test_the_version_of_cublas_is_the_loaded_librarys(monkeypatch):
+    class Library:
+        def cublasGetProperty(self, number, place):
+            place._obj.value = (13, 1, 0)[number]
+            return 0
+
+    opened = []
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(arithmetic.ctypes, "CDLL", lambda name: opened.append(name) or Library())
+    assert (arithmetic._cublas(), opened) == ("13.1.0", ["libcublas.so.13"])
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.version, "cuda", "99.0")
+    assert arithmetic._cublas() == "unknown"
 
 
 def test_an_archive_is_written_without_holding_it(tmp_path):

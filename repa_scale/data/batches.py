@@ -22,6 +22,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from repa_scale import devices
+from repa_scale.data.copies import Copies, Sent
 from repa_scale.data.dali import DaliDecoder
 from repa_scale.data.dataset import DataSet, check_dataset, open_dataset
 from repa_scale.data.decode import decode
@@ -70,57 +71,45 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         """Raises `DataError` where samples in a row cannot be read or no batch comes for a long time, `RuntimeError`
         where a worker was killed, `DecoderError` where DALI stopped working."""
+        copies = Copies(self._device)
         if not self._steps.dataset.cached.pictures:  # nothing to decode: threads read faster than processes hand over
-            return ahead(iter(Onwards(self._start)), self._read(), max(1, self._workers))
+            threads = max(1, self._workers)
+            return map(copies.take, ahead(iter(Onwards(self._start)), self._read(copies), threads, copies.enter_thread))
         if self._workers and self._steps.decoder == "pillow":
             self._steps.slabs = Slabs(self._workers * PREFETCH + 1, self._steps.share, self._steps.dataset.image_size)
         batches = self._loaded()
         if self._steps.decoder == "pillow" and self._device.type == "cpu":
             return map(self._taken, batches)
-        return one_ahead(batches, self._finish())
+        return map(copies.take, one_ahead(batches, self._finish(copies), copies.enter_thread))
 
     def _taken(self, batch: Batch | InSlab) -> Batch:
         """Before the next batch is asked for, which may use the slab again."""
         pinned = devices.on_gpu(self._device)
         return batch.taken(self._steps.slabs, pinned) if isinstance(batch, InSlab) else batch
 
-    def _read(self) -> Callable[[int], Batch]:
+    def _read(self, copies: Copies) -> Callable[[int], Sent]:
         """Reading a step's features and the copy to the device, in any thread."""
-        onwards = self._onto_device()
-        copies = threading.local()  # a reader's open files are one thread's own
+        own = threading.local()  # a reader's open files are one thread's own
 
-        def read(step: int) -> Batch:
-            if not hasattr(copies, "steps"):
-                copies.steps = pickle.loads(pickle.dumps(self._steps))
-            batch = copies.steps[step]
+        def batch_of(step: int) -> Batch:
+            if not hasattr(own, "steps"):
+                own.steps = pickle.loads(pickle.dumps(self._steps))
+            batch = own.steps[step]
             if isinstance(batch, Failure):
                 raise DataError(batch.reason)
-            return onwards(batch.pin_memory() if devices.on_gpu(self._device) else batch)
+            return batch.pin_memory() if devices.on_gpu(self._device) else batch
 
-        return read
+        return lambda step: copies.send(lambda: batch_of(step))
 
-    def _finish(self) -> Callable[[Batch | Encoded], Batch]:
+    def _finish(self, copies: Copies) -> Callable[[Batch | InSlab | Encoded], Sent]:
         """Decoding and the copy to the device, as one step of work for a thread of its own."""
         share, device = self._steps.share, self._device
         decoder = DaliDecoder(share, self._workers, device) if self._steps.decoder == "dali" else None
-        return self._onto_device(lambda encoded: self._steps.finish(encoded, decoder))
 
-    def _onto_device(
-        self, decode: Callable[[Encoded], Batch] | None = None
-    ) -> Callable[[Batch | InSlab | Encoded], Batch]:
-        """The copy of a batch, after decoding what is still encoded; on a GPU on a stream of its own."""
-        device = self._device
-        side = torch.cuda.Stream(device) if devices.on_gpu(device) else None
+        def batch_of(batch: Batch | InSlab | Encoded) -> Batch:
+            return self._steps.finish(batch, decoder) if isinstance(batch, Encoded) else self._taken(batch)
 
-        def finish(batch: Batch | InSlab | Encoded) -> Batch:
-            with torch.cuda.stream(side) if side else contextlib.nullcontext():
-                batch = decode(batch) if isinstance(batch, Encoded) else self._taken(batch)
-                batch = batch.to(device)
-            if side:
-                side.synchronize()  # of this thread alone: the training goes on meanwhile
-            return batch
-
-        return finish
+        return lambda batch: copies.send(lambda: batch_of(batch))
 
     def _loaded(self) -> Iterator[Batch | InSlab | Encoded]:
         loader = DataLoader(
@@ -170,9 +159,9 @@ class Batches:
         self._stream = None
 
 
-def ahead(steps: Iterator[int], read: Callable[[int], Batch], threads: int) -> Iterator[Batch]:
-    """The batches of steps, in order, read by threads: one each, and one more, are held at a time."""
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="feeding")
+def ahead(steps: Iterator[int], read: Callable, threads: int, begin: Callable[[], None]) -> Iterator:
+    """`read` of each step, in order, by threads that call `begin` first: one each, and one more, are held at a time."""
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="feeding", initializer=begin)
     try:
         coming = deque(pool.submit(read, next(steps)) for _ in range(threads + 1))
         while True:
@@ -186,12 +175,12 @@ def ahead(steps: Iterator[int], read: Callable[[int], Batch], threads: int) -> I
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def one_ahead(batches: Iterator, work: Callable) -> Iterator:
+def one_ahead(batches: Iterator, work: Callable, begin: Callable[[], None]) -> Iterator:
     """`work` of each batch, done in a thread while the batch before it is in use: two are held at a time.
 
-    An error belongs to its own batch: the one before it still comes.
+    The thread calls `begin` first. An error belongs to its own batch: the one before it still comes.
     """
-    with ThreadPoolExecutor(1, thread_name_prefix="feeding") as thread:
+    with ThreadPoolExecutor(1, thread_name_prefix="feeding", initializer=begin) as thread:
         current = thread.submit(work, next(batches))
         while True:
             batch, error = current.result(), None

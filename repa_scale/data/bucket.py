@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from repa_scale.data.features import why_another
 from repa_scale.data.manifest import MANIFEST
 from repa_scale.errors import DataError
 from repa_scale.files import write_durably
@@ -54,10 +55,9 @@ class Bucket:
         """
         state = self._store.read(f"{WORK}/job.json")
         if state is not None:
-            if json.loads(state) != job:
+            if reason := why_another(json.loads(state), job):
                 raise DataError(
-                    f"--out {self.url} holds the beginning of another preparation (other images or another recipe); "
-                    "choose another URL"
+                    f"--out {self.url} holds the beginning of another preparation ({reason}); choose another URL"
                 )
             return
         if self._store.names():

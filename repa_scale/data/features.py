@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from repa_scale.arithmetic import spelled
 from repa_scale.errors import ConfigError, DataError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -35,6 +36,8 @@ class Stored:
         weights_sha256: of the network's tensors.
         dtype: fp32 | fp16 | bf16 | int8 (one scale a token).
         shape: (2C, h, w), or (C, h, w) of a latent space without posterior; (T, z).
+        arithmetic: kind of device and what it computed in (arithmetic.name), such as `cuda bf16`; empty: fp32 on a CPU,
+            or not recorded, in a set of an earlier release.
     """
 
     kind: str
@@ -43,6 +46,7 @@ class Stored:
     weights_sha256: str
     dtype: str
     shape: tuple[int, ...]
+    arithmetic: str = ""
 
     @property
     def column(self) -> str:
@@ -57,7 +61,9 @@ class Stored:
         return prod(self.shape) * BYTES[self.dtype] + (SCALE_BYTES * self.shape[0] if self.dtype == "int8" else 0)
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "shape": list(self.shape)}
+        """JSON; without `arithmetic` where it is empty, so that the fingerprints of earlier sets stay."""
+        value = {**asdict(self), "shape": list(self.shape)}
+        return value if self.arithmetic else {key: value[key] for key in value if key != "arithmetic"}
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> Stored:
@@ -98,6 +104,37 @@ class Stored:
         if len(data) != self.bytes:
             raise DataError(f"{what}: {self.column} has {len(data)} bytes instead of {self.bytes}; prepare it again")
         return self.unpack(torch.frombuffer(bytearray(data), dtype=torch.uint8)[None])[0]
+
+
+def other_arithmetic(a: dict[str, Any], b: dict[str, Any], places: tuple[str, str] = ("there", "here")) -> str:
+    """Which features of two recipes that agree in all else were computed in different arithmetic, in words; empty: they
+    differ in more, or not at all."""
+    if without_arithmetic(a) != without_arithmetic(b):
+        return ""
+    pairs = zip(a.get("features", ()), b.get("features", ()), strict=True)
+    return "; ".join(
+        f"{one['kind']} of {one['network']} by {spelled(one.get('arithmetic', ''))} {places[0]}, by "
+        f"{spelled(other.get('arithmetic', ''))} {places[1]}"
+        for one, other in pairs
+        if one.get("arithmetic") != other.get("arithmetic")
+    )
+
+
+def why_another(there: dict[str, Any], job: dict[str, Any]) -> str:
+    """Why a preparation that was begun (job.json) is not this one; empty: it is."""
+    if there == job:
+        return ""
+    same = there.get("source") == job["source"] and isinstance(there.get("recipe"), dict)
+    computed = other_arithmetic(there["recipe"], job["recipe"]) if same else ""
+    return f"{computed}: see --device" if computed else "other images or another recipe"
+
+
+def without_arithmetic(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe as JSON, but for what its features were computed in."""
+    if "features" not in recipe:
+        return recipe
+    plain = [{key: one[key] for key in one if key != "arithmetic"} for one in recipe["features"]]
+    return {**recipe, "features": plain}
 
 
 def column_of_tokens(encoder: str) -> str:

@@ -32,6 +32,7 @@ from PIL import Image, UnidentifiedImageError
 from repa_scale import __version__, torchvision_fix
 from repa_scale.data.crop import center_crop
 from repa_scale.data.decode import rgb
+from repa_scale.data.features import why_another
 from repa_scale.data.manifest import FORMAT_VERSION, MANIFEST, data_fingerprint
 from repa_scale.data.mds import read_index, verify_shard
 from repa_scale.data.recipe import SHARD_BYTES, Recipe
@@ -229,10 +230,10 @@ def _claim(out: Path, job: dict[str, Any]) -> None:
     if out.exists() and not out.is_dir():
         raise DataError(f"--out {out} is not a folder; choose another name")
     if state.exists():
-        if json.loads(state.read_text()) != job:
+        if reason := why_another(json.loads(state.read_text()), job):
             raise DataError(
-                f"--out {out} holds the beginning of another preparation (other images or another recipe); "
-                f"choose another folder, or remove {out / WORK}"
+                f"--out {out} holds the beginning of another preparation ({reason}); choose another folder, or remove "
+                f"{out / WORK}"
             )
         return
     if out.exists() and any(entry.name != WORK for entry in out.iterdir()):

@@ -61,6 +61,11 @@ class Batch:
     def pin_memory(self) -> Batch:
         return self._each(Tensor.pin_memory)
 
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Tells the allocator that `stream` works on the batch too: memory that it frees waits for that work."""
+        for tensor in (self.images, self.labels, self.ids, self.index, *self.features.values()):
+            tensor.record_stream(stream)
+
     def split(self, size: int | None) -> list[Batch]:
         """Micro batches of `size` samples; None: the whole."""
         size = size or len(self)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 
 from repa_scale.doctor.finding import FAIL, NOTE, OK, WARN, Finding, Look
+from repa_scale.errors import ConfigError
+from repa_scale.launch import visible
 
 QUERY = "index,name,memory.total,memory.used,ecc.errors.uncorrected.volatile.total"
 FREE = 0.97  # share of the memory that must be free: no other process
@@ -26,6 +29,11 @@ def gpus(look: Look) -> list[Finding]:
         ]
     names = sorted({row[1] for row in rows})
     findings = []
+    try:
+        visible.gpus_of(range(look.slots or 1), os.environ.get(visible.VARIABLE))
+    except ConfigError as error:
+        found, _, remedy = str(error).partition("; ")
+        findings.append(Finding("gpus", FAIL, found, remedy))
     if look.slots is not None and len(rows) < look.slots:
         found = f"{len(rows)} GPUs, the host file says slots={look.slots}"
         findings.append(Finding("gpus", FAIL, found, "mend slots=, or look for a lost GPU (`dmesg`, `nvidia-smi`)"))

@@ -75,9 +75,10 @@ def measure(place: Place, store: dist.Store) -> None:
     """Joins the others, measures with them, and tells what was found (rank 0)."""
     rank, world, local, per_node, backend = place.rank, place.world, place.local, place.per_node, place.backend
     device = torch.device("cuda", local) if backend == "nccl" else torch.device("cpu")
-    if backend == "nccl":
-        torch.cuda.set_device(device)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
+    bound = device if backend == "nccl" else None
+    if bound:
+        torch.cuda.set_device(bound)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE, device_id=bound)
     sent = segments()
     latency, size, seconds = all_reduce(device)
     found = {"latency": latency, "bytes": size, "seconds": seconds, "pairs": []}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from repa_scale.doctor.finding import FAIL, OK, WARN, Finding
 from repa_scale.doctor.nodes import start
+from repa_scale.launch.environment import NETWORK
 from repa_scale.launch.remote import events
 
 PATIENCE = 150.0  # seconds for the whole test
@@ -98,7 +99,7 @@ def run(
 
     def begin(node: int, port: int) -> subprocess.Popen:
         words = [node * per_node, world, 0, per_node, address, port, backend, int(pairs)]
-        variables = [f"{name}={value}" for name, value in os.environ.items() if name.startswith(("GLOO_", "NCCL_"))]
+        variables = [f"{name}={value}" for name, value in os.environ.items() if name.startswith(NETWORK)]
         process = start(hosts[node], MODULE, subprocess.DEVNULL, *map(str, words), variables=variables)
         processes.append(process)
         return process

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from repa_scale.doctor import gpus, machine, reach, software
+from repa_scale.doctor import fork, gpus, machine, reach, software
 from repa_scale.doctor.finding import Finding, Look
 
 CHECKS: dict[str, Callable[[Look], list[Finding]]] = {
@@ -17,6 +17,7 @@ CHECKS: dict[str, Callable[[Look], list[Finding]]] = {
     "xid": gpus.xid,
     "name": machine.own_name,
     "limits": machine.limits,
+    "fork": fork.fork,
     "shm": machine.shared_memory,
     "disk": machine.disk,
     "port": machine.port,

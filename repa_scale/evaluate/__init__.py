@@ -18,7 +18,8 @@ MARKS = ("checkpoints", "manifest.json", "config.yaml")  # of a run or a checkpo
 
 
 def main(argv: list[str]) -> int:
-    """Evaluates images or a checkpoint, as the source says."""
+    """Evaluates images or a checkpoint, as the source says; features, metrics and all in float32 as such."""
+    from repa_scale import arithmetic
     from repa_scale.evaluate import representation
 
     parser = argparse.ArgumentParser(
@@ -30,6 +31,13 @@ def main(argv: list[str]) -> int:
     representation.add_options(parser)
     _add_options(parser)
     args = parser.parse_args(argv)
+    with arithmetic.within("fp32"):
+        return _evaluate(args)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from repa_scale.evaluate import representation
+
     source = Path(args.source)
     if is_model(source):
         return representation.run(args)

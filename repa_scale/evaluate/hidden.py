@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from repa_scale import rng
+from repa_scale import arithmetic, rng
 from repa_scale.alignment import AlignmentTerm, build_terms
 from repa_scale.checkpoint import MANIFEST, CheckpointReader
 from repa_scale.data.features import base_name
@@ -60,7 +60,7 @@ class Asked:
 
 
 class Subject:
-    """The model that is measured, with the frozen networks that this takes. All in fp32.
+    """The model that is measured, with the frozen networks that this takes. All in fp32, on a GPU too.
 
     Args:
         sources: name and weights of the encoders to align with; none: alignment is not measured.
@@ -100,6 +100,10 @@ class Subject:
         Raises:
             DataError: the model's tokens or velocities are not finite.
         """
+        with arithmetic.within("fp32"):
+            return self._measure(block, asked, advance)
+
+    def _measure(self, block: Block, asked: Asked, advance: Callable[[], None]) -> Measured:
         images, ids = block.images.to(self.device), block.ids.to(self.device)
         clean = self._clean(images, ids, asked.seed)
         found = {"ids": block.ids, "labels": block.labels}

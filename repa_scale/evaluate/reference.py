@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from repa_scale import arithmetic
 from repa_scale.checksums import checksum_file, default_algorithm
 from repa_scale.errors import ConfigError, DataError
 from repa_scale.evaluate.features import Features, collect
@@ -145,11 +146,12 @@ def _cached(
     progress: Callable[[str, int], Callable[[int], object]],
 ) -> Features:
     """From the cache, else made by all ranks and put there. The key is of the contents, the extractor with its weights
-    and resize rule, and the versions."""
+    and resize rule, the kind of device with its arithmetic, and the versions."""
     fingerprint, found = "", None
     if ranks.is_main:
         fingerprint = images.fingerprint()
-        file = wanted.cache / statistics_name("reference", FEATURES, fingerprint, extractor.fingerprint)
+        essence = (FEATURES, fingerprint, extractor.fingerprint)
+        file = wanted.cache / statistics_name("reference", *essence, arithmetic=arithmetic.name(ranks.device, "fp32"))
         found = read_statistics(file)
     if ranks.broadcast_object(found is not None):
         return Features(images.name, fingerprint, images.count, *(found or ()))

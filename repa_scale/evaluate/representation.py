@@ -67,8 +67,7 @@ def run(args: argparse.Namespace) -> int:
     asked = _asked(args, trained, pictures)
     sources = _sources(args, trained) if asked.alignment else []
     ranks = Ranks.from_environment(args.device)
-    ranks.start()
-    try:
+    with ranks.joined():
         folder = args.trained_on or (training_set(home) if home else "")
         known = seen(pictures, trained.config, trained.facts["identity_hash"], folder, bool(args.trained_on))
         chosen = choose(pictures, args.images, known if args.unseen else None)
@@ -87,8 +86,6 @@ def run(args: argparse.Namespace) -> int:
                 problem = str(error)
         if text := ranks.broadcast_object(problem):
             raise ConfigError(str(text))
-    finally:
-        ranks.leave()
     return ExitCode.COMPLETED
 
 

@@ -49,7 +49,7 @@ def write(source: Source, folder: Path, options: Options) -> dict[str, Any]:
             "class_names": list(source.class_names),
         }
         (programs / "model.json").write_text(json.dumps(described, indent=1) + "\n")
-        copy_room(("rng", "errors", "sampling"), code)
+        copy_room(("arithmetic", "rng", "errors", "sampling"), code)
         _save(folder, programs, code, source, described["sampler"])
     return facts | worst(facts["checks"]) | {"requirements": requirements()}
 

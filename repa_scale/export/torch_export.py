@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from repa_scale import rng
+from repa_scale import arithmetic, rng
 from repa_scale.errors import UserError, reason
 from repa_scale.export import Options, standalone
 from repa_scale.export.step import (
@@ -31,11 +32,15 @@ from repa_scale.trained import Source
 
 STEP_FILE = "denoiser.pt2"
 DECODER_FILE = "decoder.pt2"
+COMPILED_FILE = "denoiser.aoti.pt2"
+CUDA_FILE = "denoiser.cuda.aoti.pt2"
 SCRIPT = "sample.py"
 
 
 def write(source: Source, folder: Path, options: Options) -> dict[str, Any]:
     """denoiser.pt2, denoiser.aoti.pt2 (denoiser.cuda.aoti.pt2 where there is a GPU), decoder.pt2, sample.py, rng.py.
+
+    The package for the GPU is an extra: where it cannot be made, the export says why and goes without it.
 
     Raises:
         UserError: no C++ compiler, or a program that differs from PyTorch by more than its bound.
@@ -48,14 +53,28 @@ def write(source: Source, folder: Path, options: Options) -> dict[str, Any]:
         )
     step = build_step(source, options)
     facts = write_programs(source, folder, options, step)
-    program = torch.export.load(folder / STEP_FILE)
-    for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
-        file = "denoiser.aoti.pt2" if device == "cpu" else f"denoiser.{device}.aoti.pt2"
-        program.example_inputs = (step_inputs(source.config, 3, 1), {})  # AOTInductor asks for them
-        run = _compile(program, folder / file, device)
-        facts["checks"][file] = check_step(file, run, step, options, source.config)
+    facts["checks"][COMPILED_FILE] = _package(folder, COMPILED_FILE, "cpu", step, source, options)
+    if torch.cuda.is_available():
+        try:
+            facts["checks"][CUDA_FILE] = _package(folder, CUDA_FILE, "cuda", step, source, options)
+            facts["gpu"] = "sm_{}{}".format(*torch.cuda.get_device_capability())
+        except Exception as error:  # of the compiler, the driver, memory, or too large an error
+            (folder / CUDA_FILE).unlink(missing_ok=True)
+            facts["left_out"] = {CUDA_FILE: reason(error)}
+            print(f"{CUDA_FILE} is left out, all else is there: {reason(error)}", file=sys.stderr, flush=True)
     write_script(folder)
     return facts | {"torch": torch.__version__.split("+")[0], "cpu": _instructions()} | worst(facts["checks"])
+
+
+def _package(
+    folder: Path, file: str, device: str, step: GuidedStep, source: Source, options: Options
+) -> dict[str, float]:
+    """Compiles denoiser.pt2 for a device and checks what was compiled; returns the check."""
+    program = torch.export.load(folder / STEP_FILE)
+    program.example_inputs = (step_inputs(source.config, 3, 1), {})  # AOTInductor asks for them
+    with arithmetic.within("fp32"):
+        run = _compile(program, folder / file, device)
+    return check_step(file, run, step, options, source.config)
 
 
 def write_programs(source: Source, folder: Path, options: Options, step: GuidedStep) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def main(argv: list[str]) -> int:
         _leave_outcome(ExitCode.FAILED, str(error))
         say(str(error))
         return ExitCode.FAILED
-    _leave_outcome(code, job.error or job.problem)
+    _leave_outcome(code, job.error or job.problem, job.left)
     if code in (ExitCode.DIVERGED, ExitCode.FAILED):
         say(f"code {code}: {job.problem}; the logs of the ranks are in {plan.run_dir / 'log'}")
     return code
@@ -97,6 +98,7 @@ def make_plan(args: argparse.Namespace, words: list[str]):
     from repa_scale.compose import compose_with_origin, resolved_yaml
     from repa_scale.launch import environment
     from repa_scale.launch.job import Plan
+    from repa_scale.launch.visible import VARIABLE, gpus_of
     from repa_scale.run_folder import stored_identity
     from repa_scale.stored_values import with_stored_values
     from repa_scale.validation import validate
@@ -117,8 +119,12 @@ def make_plan(args: argparse.Namespace, words: list[str]):
     validate(resumed, sum(len(host.slots) for host in hosts))
     ssh = by_file and not args.no_ssh
     variables = environment.forwarded(os.environ) if ssh else environment.inherited(os.environ)
+    shown = None if ssh else os.environ.get(VARIABLE)
     for path in environment.deepspeed_env_files():
         variables |= environment.read_deepspeed_env(path)
+    shown = variables.pop(VARIABLE, shown)
+    for host in hosts if ssh else [hosts[max(args.node_rank, 0)]]:
+        gpus_of(host.slots, shown)
     return Plan(
         hosts=hosts,
         ssh=ssh,
@@ -130,6 +136,7 @@ def make_plan(args: argparse.Namespace, words: list[str]):
         cwd=Path.cwd(),
         words=words,
         variables=variables,
+        visible=shown,
         grace_seconds=config.health.grace_seconds,
         lost_after=args.lost_after,
     )
@@ -138,6 +145,7 @@ def make_plan(args: argparse.Namespace, words: list[str]):
 def _hosts(args: argparse.Namespace) -> tuple[list, bool]:
     """The nodes, and whether a host file names them."""
     from repa_scale.launch.hostfile import Host, choose, read_hostfile
+    from repa_scale.launch.visible import VARIABLE, visible
 
     file = args.hostfile or (HOSTFILE if HOSTFILE.is_file() else None)
     if file is not None:
@@ -152,13 +160,8 @@ def _hosts(args: argparse.Namespace) -> tuple[list, bool]:
         return [Host(f"node-{k}", tuple(range(args.num_gpus))) for k in range(args.num_nodes)], False
     if (args.num_nodes or 1) != 1:
         raise ConfigError(f"--num_nodes {args.num_nodes}: without a host file there is this machine alone")
-    shown = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    devices = [int(number) for number in shown.split(",")] if shown.replace(",", "").isdigit() else []
-    if not devices:
-        devices = list(range(args.num_gpus or _count_gpus()))
-    if args.num_gpus and args.num_gpus > len(devices):
-        raise ConfigError(f"--num_gpus {args.num_gpus}: CUDA_VISIBLE_DEVICES={shown} shows {len(devices)}")
-    return [Host("localhost", tuple(devices[: args.num_gpus or None]))], False
+    shown = visible(os.environ.get(VARIABLE))
+    return [Host("localhost", tuple(range(args.num_gpus or (len(shown) if shown else _count_gpus()))))], False
 
 
 def _count_gpus() -> int:
@@ -188,6 +191,7 @@ def _check_programs(plan) -> None:
 def describe(plan) -> str:
     """What would happen on which node. Values of variables are not shown."""
     from repa_scale.launch.job import deepspeed_words
+    from repa_scale.launch.visible import gpus_of, visible
 
     address, port = plan.master
     lines = [f"run folder   {plan.run_dir}", f"started in   {plan.cwd}"]
@@ -196,17 +200,20 @@ def describe(plan) -> str:
     master = f"{address or plan.hosts[0].name}:{port or 'a free port'}"
     for node in plan.nodes():
         host, ranks = plan.hosts[node], plan.ranks_of(node)
+        gpus = gpus_of(host.slots, plan.visible)
+        shown = "" if gpus is None else f" (GPUs {gpus})" if visible(gpus) else " (no GPU)"
         lines.append(
             f"node {node}       {host.name}: ranks {', '.join(map(str, ranks))} on slots "
-            f"{','.join(map(str, host.slots))}; rendezvous at {master}; {sys.executable}"
+            f"{','.join(map(str, host.slots))}{shown}; rendezvous at {master}; {sys.executable}"
         )
     words = deepspeed_words(plan, "HOSTS", address or "ADDRESS", port or "PORT", "JOB")
     lines.append(f"starts       {' '.join(words)}")
     return "\n".join(lines)
 
 
-def _leave_outcome(code: int, error: str) -> None:
-    """Tells `repa-scale supervise` why, where it started this."""
+def _leave_outcome(code: int, error: str, left: Sequence[str] = ()) -> None:
+    """Tells `repa-scale supervise` why, and which processes could not be ended, where it started this."""
     if folder := os.environ.get(OUTCOME_VARIABLE):
+        outcome = {"code": int(code), "error": error, "left": list(left)}
         with suppress(OSError):
-            Path(folder, "rank_0.json").write_text(json.dumps({"code": int(code), "error": error}))
+            Path(folder, "rank_0.json").write_text(json.dumps(outcome))

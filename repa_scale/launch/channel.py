@@ -15,9 +15,10 @@ from typing import Any
 
 from repa_scale.launch.environment import plain
 from repa_scale.launch.remote import events, last_words, python_on
-from repa_scale.processes import start_deaf
+from repa_scale.processes import STUCK_SECONDS, start_deaf
 
 GUARD = "repa_scale.launch.guard"
+END_SECONDS = 5.0  # for a guard to end its node's part of the job
 
 
 class NodeError(Exception):
@@ -39,6 +40,7 @@ class Channel:
         self.facts: dict[str, Any] = {}
         self.heard = time.monotonic()
         self.gone = False
+        self.left: list[str] = []  # processes that outlive their SIGKILL on its node
         self.process = start_deaf(
             python_on(host, GUARD),  # nothing of the job stands in it
             env=plain(os.environ) | _python_path(),
@@ -64,11 +66,15 @@ class Channel:
         self.tell("end")
         with suppress(OSError, ValueError):
             self.process.stdin.close()
-        try:
-            self.process.wait(5.0)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        began = time.monotonic()
+        # Longer only where the guard says what it waits for.
+        while time.monotonic() - began < (END_SECONDS if not self.left else STUCK_SECONDS + END_SECONDS):
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(0.2)
+                self._threads[0].join(1.0)  # its last words
+                return
+        self.process.kill()
+        self.process.wait()
 
     def complaint(self) -> str:
         """The last words of ssh or of the guard's Python."""
@@ -78,6 +84,8 @@ class Channel:
     def _listen(self) -> None:
         for event in events(self.process.stdout):
             self.heard = time.monotonic()
+            if event["event"] == "left":
+                self.left = event["processes"]
             if event["event"] != "pong":  # that one was heard is enough
                 self.inbox.put((self, event))
         self.gone = True

@@ -11,11 +11,18 @@ from repa_scale.errors import ConfigError
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # What the libraries of a run read, beyond what a log-in on the node sets by itself.
+# Of the network: NCCL and gloo; libfabric, EFA and NCCL's plugin for them; UCX; verbs; SHARP; Omni-Path.
+NETWORK = (
+    *("NCCL_", "GLOO_", "FI_", "OFI_", "EFA_", "UCX_", "UCC_", "RDMAV_", "IBV_", "MLX5_", "SHARP_", "HCOLL_"),
+    *("PSM2_", "PSM3_", "TORCH_NCCL_"),
+)
 PREFIXES = (
-    *("NCCL_", "GLOO_", "UCX_", "TORCH_", "PYTORCH_", "CUDA_", "TRITON_", "DALI_", "OMP_", "MKL_", "KMP_"),
+    *NETWORK,
+    *("TORCH_", "TORCHINDUCTOR_", "TORCHDYNAMO_", "PYTORCH_", "TRITON_", "DALI_", "OMP_", "MKL_", "KMP_"),
+    *("CUDA_", "CUBLAS_", "CUBLASLT_", "CUDNN_"),
     *("MLFLOW_", "HF_", "HUGGINGFACE_", "AWS_", "S3_", "GOOGLE_", "AZURE_", "OCI_", "DS_", "REPA_SCALE_"),
 )
-NAMES = ("DS_ACCELERATOR", "LD_LIBRARY_PATH", "PYTHONPATH", "TZ", "LANG")
+NAMES = ("DS_ACCELERATOR", "NVIDIA_TF32_OVERRIDE", "LD_LIBRARY_PATH", "PYTHONPATH", "TZ", "LANG")
 PROXIES = ("http_proxy", "https_proxy", "no_proxy")
 # These belong to one machine or one process, or are what the launchers set.
 NOT = (

@@ -22,7 +22,8 @@ from pathlib import Path
 
 from repa_scale.launch.code import code_hashes, versions
 from repa_scale.launch.places import JOB, JOB_FILE, LOCK_FILE, node_folder, write_private
-from repa_scale.processes import WISHES, alive, end_all_marked
+from repa_scale.launch.visible import VARIABLE
+from repa_scale.processes import WISHES, Process, alive, end_all_marked, process_of
 
 POLL_SECONDS = 0.2
 
@@ -36,6 +37,7 @@ class Guard:
         self.signal = 0  # the last that was to be passed on
         self.told: set[int] = set()  # ranks whose end was told
         self.started: dict[int, int] = {}  # process id by rank
+        self._known: list[Process] = []  # ranks
         self._heard = time.monotonic()
         self._rest = b""
         self._lock = None
@@ -99,6 +101,7 @@ class Guard:
             versions=versions(),
             address=_address(),
             port=_free_port(),
+            visible=os.environ.get(VARIABLE),
         )
 
     def do_mark_run(self, run_dir: str, name: str) -> None:
@@ -162,6 +165,7 @@ class Guard:
         for rank, pid in self._pids("rank").items():
             if rank not in self.started:
                 self.started[rank] = pid
+                self._known += [process] if (process := process_of(pid)) else []
                 self.say("started", rank=rank, pid=pid)
                 if self.signal:  # it came before the rank
                     with suppress(ProcessLookupError):
@@ -196,8 +200,19 @@ class Guard:
             return None
 
     def _end_all(self) -> None:
-        if self.job:
-            end_all_marked(JOB, self.job)
+        """Ends all of the job; tells of processes that outlive their SIGKILL, and at the end of those still there."""
+        if not self.job:
+            return
+        told: list[Process] = []
+
+        def tell(left: list[Process]) -> None:
+            told.extend(left)
+            with suppress(OSError):  # the launcher is gone
+                self.say("left", processes=[str(process) for process in left])
+
+        left = end_all_marked(JOB, self.job, self._known, tell)
+        if told:
+            tell(left)
 
 
 def _address() -> str:

@@ -18,12 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from repa_scale.errors import ExitCode, UserError
+from repa_scale.launch import visible
 from repa_scale.launch.channel import Channel, await_all
 from repa_scale.launch.code import code_hashes, difference, versions
 from repa_scale.launch.environment import plain, secrets
 from repa_scale.launch.hostfile import Host, as_hostfile, as_include
 from repa_scale.launch.places import CONFIG_FILE, JOB, JOB_FILE
-from repa_scale.processes import start_deaf
+from repa_scale.processes import REMEDY, STUCK_SECONDS, start_deaf
 
 PING_SECONDS = 1.0
 CONNECT_SECONDS = 60.0
@@ -48,6 +49,7 @@ class Plan:
         config: the frozen configuration, YAML.
         words: the run's keys as they were typed.
         variables: of the ranks.
+        visible: CUDA_VISIBLE_DEVICES as the launcher was told for all its nodes; None: each node's own counts.
         grace_seconds: how long a rank may take to save.
         lost_after: seconds of silence after which a node counts as lost.
     """
@@ -64,6 +66,7 @@ class Plan:
     variables: dict[str, str]
     grace_seconds: float
     lost_after: float
+    visible: str | None = None
 
     def ranks_of(self, node: int) -> range:
         first = sum(len(host.slots) for host in self.hosts[:node])
@@ -89,6 +92,7 @@ class Job:
     started: set[int] = field(default_factory=set)
     problem: str = ""  # the first thing that went wrong
     error: str = ""  # of the rank that went wrong, in one line
+    left: list[str] = field(default_factory=list)  # processes that could not be ended
     _signals: list[int] = field(default_factory=list)
     _log: object = None
 
@@ -144,6 +148,9 @@ class Job:
             channel.tell("begin", node=channel.node, **facts)
         await_all(self.channels, "ready", CONNECT_SECONDS)
         self._compare()
+        own = os.environ.get(visible.VARIABLE, "0")
+        if plan.ssh and own != ",".join(map(str, range(own.count(",") + 1))):
+            say(f"{visible.VARIABLE}={own} is of this machine alone; each node has its own, and the host file's slots")
         nodes = self._nodes()
         run = {"run_dir": str(plan.run_dir), "name": f".launch-{self.id}"}
         self._ask(nodes[:1], "mark_run", "marked", **run)
@@ -164,10 +171,19 @@ class Job:
             nodes[0].tell("unmark_run", **run, made=made)
             raise
         nodes[0].tell("unmark_run", **run, made=[])
-        job = {"cwd": str(plan.cwd), "words": plan.words, "environment": plan.variables}
-        files = {CONFIG_FILE: plan.config, "run_dir": str(plan.run_dir), JOB_FILE: json.dumps(job)}
-        self._ask(nodes, "files", "files", files=files)
+        for channel in nodes:
+            gpus = self._gpus(channel)
+            variables = plan.variables if gpus is None else {**plan.variables, visible.VARIABLE: gpus}
+            job = {"cwd": str(plan.cwd), "words": plan.words, "environment": variables}
+            files = {CONFIG_FILE: plan.config, "run_dir": str(plan.run_dir), JOB_FILE: json.dumps(job)}
+            channel.tell("files", files=files)
+        await_all(nodes, "files", CONNECT_SECONDS)
         return made
+
+    def _gpus(self, channel: Channel) -> str | None:
+        """CUDA_VISIBLE_DEVICES of a node's ranks; None: as deepspeed sets it."""
+        shown = self.plan.visible if self.plan.visible is not None else channel.facts["visible"]
+        return visible.gpus_of(self.plan.hosts[channel.node].slots, shown, f"{channel.name}: ")
 
     def _ask(self, channels: list[Channel], action: str, answer: str, **facts: object) -> None:
         for channel in channels:
@@ -192,6 +208,7 @@ class Job:
                     f"{channel.name} has other code of repa_scale than this machine: {what}; "
                     "install the same version on all nodes"
                 )
+            self._gpus(channel)
 
     def _sees_run(self) -> bool:
         return (self.plan.run_dir / "log").is_dir()
@@ -340,14 +357,25 @@ class Job:
         threads = [threading.Thread(target=channel.close) for channel in self.channels]
         for thread in threads:
             thread.start()
+        said = False
         for thread in threads:
-            thread.join()
+            while thread.is_alive():
+                if (left := self._left()) and not said:
+                    said = True
+                    say(f"waits up to {STUCK_SECONDS:.0f} s for what was killed and has not ended: {', '.join(left)}")
+                thread.join(0.2)
+        self.left = self._left()
+        if self.left:
+            say(f"not ended: {', '.join(self.left)}; a driver holds it, and the memory of its GPU: {REMEDY}")
         if process is not None and process.poll() is None:
             process.kill()
         if process is not None:
             process.wait()
         if self._log is not None:
             self._log.close()
+
+    def _left(self) -> list[str]:
+        return [f"{process} on {channel.name}" for channel in self.channels for process in channel.left]
 
 
 def deepspeed_words(plan: Plan, hostfile: str, address: str, port: int, job: str) -> list[str]:

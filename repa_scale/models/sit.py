@@ -102,9 +102,12 @@ class TimeEmbedder(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        # None but in an exported program, whose constants move to a device only as buffers. Elsewhere they are computed
+        # where t is: a buffer would be cast to the weights' dtype, and not be filled when the model is built on `meta`.
+        self.register_buffer("frequencies", None, persistent=False)
 
     def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.mlp(time_features(t).to(dtype))
+        return self.mlp(time_features(t, self.frequencies).to(dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -179,12 +182,18 @@ class FinalLayer(nn.Module):
         return self.linear(self.norm_final(x) * (1 + scale) + shift)
 
 
-def time_features(t: Tensor) -> Tensor:
-    """(N,) in [0, 1] -> (N, 256) float32: cosines, then sines, of t at geometric frequencies from 1 to 1/10000."""
-    half = FREQUENCIES // 2
-    steps = torch.arange(half, dtype=torch.float32, device=t.device)
-    angles = t.float()[:, None] * torch.exp(-math.log(10000) * steps / half)[None]
+def time_features(t: Tensor, frequencies: Tensor | None = None) -> Tensor:
+    """(N,) in [0, 1] -> (N, 256) float32: cosines, then sines, of t at `time_frequencies`."""
+    frequencies = time_frequencies(t.device) if frequencies is None else frequencies
+    angles = t.float()[:, None] * frequencies[None]
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def time_frequencies(device: torch.device | str) -> Tensor:
+    """(128,) float32: a geometric series from 1 to 1/10000."""
+    half = FREQUENCIES // 2
+    steps = torch.arange(half, dtype=torch.float32, device=device)
+    return torch.exp(-math.log(10000) * steps / half)
 
 
 def position_table(grid: int, width: int) -> Tensor:

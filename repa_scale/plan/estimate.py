@@ -137,7 +137,7 @@ def step_of(shape: Shape, cluster: Cluster) -> Step:
     frozen_seconds = times.matrix_seconds(images * frozen, gpu, shape.precision)
     if shape.source == "image":
         flops = images * times.vae_flops(shape.latents, shape.pixels)
-        frozen_seconds += times.matrix_seconds(flops, gpu, "tf32")
+        frozen_seconds += times.matrix_seconds(flops, gpu, "fp32" if shape.precision == "fp32" else "tf32")
     gathers, reductions = times.traffic_bytes(
         shape.parameters, shape.stage, shape.passes, BYTES[shape.precision], shape.communication, shape.kept
     )

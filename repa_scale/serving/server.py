@@ -69,8 +69,10 @@ def _ready(args: argparse.Namespace) -> tuple[SiTPipeline, Drawing]:
     Raises:
         UserError: the device cannot hold it, or does not work.
     """
+    from repa_scale import arithmetic
     from repa_scale.serving.faults import at_start
 
+    arithmetic.use("fp32")  # what --dtype fp32 says, on a GPU too
     try:
         pipe = open_pipeline(args.model, args.device, args.dtype)
         if args.compile:
@@ -92,8 +94,11 @@ class Drawing:
     """
 
     def __init__(self, pipe: SiTPipeline, fixed: int = 0) -> None:
+        from repa_scale.devices import use
+
         pipe.set_progress_bar_config(disable=True)
-        self.pipe, self.fixed = pipe, fixed
+        self.pipe, self.fixed, self._use = pipe, fixed, use
+        use(pipe.device)
 
     def __call__(self, wishes: Sequence[Wish], wanted: Callable[[], bool] = lambda: True) -> np.ndarray:
         """Wishes of one kind -> (N, H, W, 3) uint8."""
@@ -102,6 +107,7 @@ class Drawing:
             pipe.interrupt = not wanted()
             return {}
 
+        self._use(self.pipe.device)  # the batcher's thread begins on GPU 0
         return self.pipe(
             [wish.label for wish in wishes],
             seed=[wish.seed for wish in wishes],

@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Callable
 from functools import partial
+from unittest import mock
 
 import torch
 from repa_scale.kernels import cosine_loss, normalize_tokens, projector_cosine_loss
@@ -70,10 +71,18 @@ def small_cases() -> dict[str, Callable[[str], None]]:
         cases[f"projector {NAMES[dtype]} {reduction}"] = partial(check_projector, dtype, reduction, weighted)
     for dtype in DTYPES:
         cases[f"projector {NAMES[dtype]} in chunks"] = partial(check_projector, dtype, "mean", True, chunk=7)
+    from autograd_cases import (
+        check_checkpointing,
+        check_compile,
+        check_direct_calls,
+        check_operators,
+        check_second_derivative,
+    )
+
     for check in (
         check_guards, check_encoder, check_mean_over_many, check_rows_alone, check_repeats, check_autocast,
         check_parts_of_the_projector, check_checkpointing, check_compile, check_second_derivative,
-        check_no_gradient_for_targets, check_refusals, check_operators,
+        check_no_gradient_for_targets, check_refusals, check_operators, check_direct_calls, check_many_images,
     ):  # fmt: skip
         cases[check.__name__.removeprefix("check_").replace("_", " ")] = check
     return cases
@@ -202,6 +211,16 @@ def check_spatial(shape: tuple[int, int, int], pair: tuple, flavour: str, device
     assert out.shape == x.shape and out.dtype == pair[1] and out.is_contiguous()
     largest = x.double().abs().amax(1, keepdim=True) / (x.double().std(1, keepdim=True) + 1e-6)
     close(out, wanted, TOLERANCE["spatial"] * largest, "spatial")
+
+
+def check_many_images(device: str) -> None:
+    """More images than one launch of the spatial kernel takes: the same bits."""
+    from repa_scale.kernels import tokens
+
+    x = made((19, 5, 40), BF16, "prefix", 1, device)
+    whole = normalize_tokens(x, "spatial", kernel="triton")
+    with mock.patch.object(tokens, "IMAGES", 8):
+        assert torch.equal(normalize_tokens(x, "spatial", kernel="triton"), whole)
 
 
 def papers_projector(sizes: tuple[int, int, int], dtype: torch.dtype, device: str) -> nn.Sequential:
@@ -345,86 +364,6 @@ def check_autocast(device: str) -> None:
         assert error + of_eager > 1e-4 and error <= TOLERANCE["projector"] * of_eager + 2 * ROUNDING[BF16]
 
 
-def check_checkpointing(device: str) -> None:
-    """Recomputed in the backward pass, it gives the same bits."""
-    from torch.utils.checkpoint import checkpoint
-
-    projector = papers_projector((48, 96, 40), FP32, device)
-    hidden, target = (made((3, 5, size), FP32, "plain", i, device) for i, size in enumerate((48, 40)))
-    results = []
-    for wrap in (lambda f, *a: f(*a), partial(checkpoint, use_reentrant=False)):
-        projector.zero_grad()
-        x = hidden.clone().requires_grad_()
-        wrap(lambda h: projector_cosine_loss(h, projector, target, kernel="triton"), x).backward()
-        results.append([x.grad, *(p.grad.clone() for p in projector.parameters())])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-def check_compile(device: str, backend: str = "aot_eager") -> None:
-    """torch.compile takes each function into one graph; losses and gradients are those of eager torch.
-
-    Inductor writes the parts between our kernels anew: other orders of sums, other rounding of exponentials. What it
-    may change is measured against a tensor's largest value, because gradients near zero are sums that cancel.
-    """
-    tolerance = 1e-6 if backend == "aot_eager" else TOLERANCE["projector fp32"]
-    projector = papers_projector((48, 96, 40), FP32, device)
-    hidden, target = (made((3, 5, size), FP32, "plain", i, device) for i, size in enumerate((48, 40)))
-
-    def whole(h, chunk):
-        y = normalize_tokens(target, "spatial", kernel="triton")
-        y = normalize_tokens(y, "layernorm", 1, kernel="triton")
-        fused = projector_cosine_loss(h[:, 1:], projector, y, chunk=chunk, kernel="triton")
-        return fused + cosine_loss(projector(h[:, 1:]), y, kernel="triton")
-
-    for chunk in (None, 4):
-        results = []
-        for function in (whole, torch.compile(whole, fullgraph=True, backend=backend)):
-            projector.zero_grad()
-            x = hidden.clone().requires_grad_()
-            loss = function(x, chunk)
-            loss.backward()
-            results.append([loss.detach(), x.grad, *(p.grad.clone() for p in projector.parameters())])
-        for compiled, eager in zip(*results, strict=True):
-            error = (compiled - eager).abs().max() / eager.abs().max()
-            assert error <= tolerance, f"chunk {chunk}: off by {error:.1e} of the largest value"
-
-
-def check_operators(device: str) -> None:
-    """torch's own check of an operator: its schema, and that its fake gives the shapes and dtypes of the real one."""
-    from repa_scale.kernels import cosine, projector, tokens
-
-    x, y = (made((3, 5, 40), BF16, "plain", seed, device) for seed in (0, 1))
-    weight, upstream = torch.rand(15, device=device), torch.rand(3, device=device)
-    parameters = [p.detach() for p in papers_projector((40, 48, 40), BF16, device).parameters()]
-    _, scalars = cosine.forward(x, y, weight, True)
-    _, *saved = projector.forward(x, parameters, y, None, True, BF16)
-    check = partial(torch.library.opcheck, test_utils=("test_schema", "test_faketensor"))
-    for by_image in (True, False):
-        check(cosine.cosine_loss_op, (x, y, weight, by_image))
-        check(projector.projector_loss_op, (x, parameters, y, None, by_image, BF16))
-    check(cosine.cosine_loss_backward_op, (upstream, x, y, weight, scalars, True))
-    check(projector.projector_loss_backward_op, (upstream, x, parameters[::2], y, None, saved, True))
-    for gradients in (True, False):
-        check(projector.projector_loss_in_chunks_op, (x, parameters, y, weight, BF16, 2, gradients))
-    check(tokens.normalize_tokens_op, (x, "layernorm", 0.6, 1e-6, FP16, weight[:1].expand(40), weight[:1].expand(40)))
-    check(tokens.normalize_tokens_op, (x, "spatial", 0.6, 1e-6, FP32, None, None))
-
-
-def check_second_derivative(device: str) -> None:
-    """It is refused in words."""
-    x, y = (made((1, 3, 40), FP32, "plain", seed, device) for seed in (0, 1))
-    projector = papers_projector((40, 48, 40), FP32, device)
-    for loss_of in (partial(cosine_loss, target=y), partial(projector_cosine_loss, projector=projector, target=y)):
-        x = x.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(loss_of(x, kernel="triton"), x, create_graph=True)
-        try:
-            gradient.square().sum().backward()
-        except RuntimeError as error:
-            assert "no second derivative" in str(error)
-        else:
-            raise AssertionError("a second derivative came out")
-
-
 def check_no_gradient_for_targets(device: str) -> None:
     x, y = (made((1, 3, 40), FP32, "plain", seed, device).requires_grad_() for seed in (0, 1))
     for kernel in ("triton", "torch"):
@@ -438,12 +377,14 @@ def check_no_gradient_for_targets(device: str) -> None:
 def check_refusals(device: str) -> None:
     """What a kernel cannot do is said; `auto` does not fail on it."""
     x = made((1, 3, 40), FP32, "plain", 0, device)
+    affine = (torch.ones(40, device=device, requires_grad=True), torch.zeros(40, device=device))
     wide, long = torch.ones(1, 1, 5000, device=device), torch.ones(1, 2049, 1, device=device)
     for call, words in (
         (lambda kernel: cosine_loss(x.double(), x, kernel=kernel), "float64"),
         (lambda kernel: cosine_loss(wide, wide, kernel=kernel), "5000 channels"),
         (lambda kernel: normalize_tokens(long, "spatial", kernel=kernel), "2049 tokens"),
         (lambda kernel: normalize_tokens(x.requires_grad_(), "layernorm", kernel=kernel), "no gradient"),
+        (lambda kernel: normalize_tokens(x.detach(), "layernorm", affine=affine, kernel=kernel), "no gradient"),
     ):
         assert call("auto").isfinite().all()
         try:

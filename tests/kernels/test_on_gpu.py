@@ -7,7 +7,8 @@ import os
 
 import pytest
 import torch
-from kernel_cases import check_compile, check_repeats, large_cases, small_cases
+from autograd_cases import check_compile
+from kernel_cases import check_repeats, large_cases, small_cases
 from training_loop import curve
 
 pytestmark = pytest.mark.gpu

@@ -19,7 +19,6 @@ ALLOWED: dict[tuple[str, str], str] = {
         "encoders.preprocess",
     ): "mean and std of the encoder; orders nothing, to go once the streams are ordered",
     ("upload", "data.steps._each"): "labels and ids of a batch, in the feeding thread",
-    ("wait", "data.batches.finish"): "the feeding thread waits for its own copies, the training does not",
     ("host", "data.batches._loaded"): "the loader's seed",
     # A save.
     ("wait", "saving._copy"): "until the copies into pinned memory are complete: the next step changes the weights",

@@ -51,6 +51,7 @@ class Watched(TorchDispatchMode):
         launches: by phase, how often each operation that is not a view ran on the device.
         notes: (kind, function) -> how often. `read`: a value comes to the host. `upload`: a copy to the device that the
             host waits for. `wait`: for a stream, an event or the device. `host`: a tensor is computed on the host.
+        contexts: GPUs on which a thread that left a stream made CUDA start.
     """
 
     def __init__(self, answers: Mapping[str, object]) -> None:
@@ -58,6 +59,7 @@ class Watched(TorchDispatchMode):
         self.answers = answers
         self.launches: dict[str, Counter[str]] = defaultdict(Counter)
         self.notes: Counter[tuple[str, str]] = Counter()
+        self.contexts: set[object] = set()
         self.phase = "start"
         self._pinned: set[int] = set()
         self._lock = threading.Lock()

@@ -13,6 +13,7 @@ import torch
 from meta_allowed import ALLOWED, LAUNCHES, WAITS
 from meta_device import META, Watched
 from meta_run import meta_run
+from test_threads import assert_handed_over
 
 from repa_scale import engine, state, trainer
 from repa_scale.deepspeed_config import packaged_file
@@ -131,13 +132,15 @@ def test_a_save_copies_into_pinned_memory(run):
 
 
 def test_batches_are_copied_behind_the_training(run):
+    """No thread waits for a copy: the training's stream does, on the device, and the memory waits for the training."""
     with run([*BASELINE, "data.workers=1", "train.steps=3"]) as one:
         for step, batch in one.trainer.batches(0):
             losses, outcome = one.trainer.step(step, batch)
             one.trainer.record(step, losses, outcome, batch)
+            assert_handed_over(batch, step)
         check(one.watched.notes)
-        assert batch.images.device == META
-        assert one.watched.notes["wait", "data.batches.finish"] >= 3  # else a step may begin before its batch is there
+        assert not [where for where in one.watched.notes if where[0] == "wait" and where[1].startswith("data.")]
+        assert one.watched.contexts == {META}  # else each rank of a node takes memory of its GPU 0
 
 
 def test_stored_features_stay_on_the_device(run):
