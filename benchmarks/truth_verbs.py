@@ -51,6 +51,7 @@ LATENT = 1e-3
 MOMENTS = 1e-4
 # A GPU computes tokens in bf16, a CPU in fp32. bf16 on a CPU is 9e-5 away from that (1 - cosine, the worst token).
 TOKEN = 5e-4
+SEEDED = threading.Lock()  # random weights seed the process's generator, which the cases share
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,8 @@ def export(work: Work) -> list[Check]:
     def latent(program: str, device: str) -> Tensor:
         file = work.folder / f"{program}-{device}.pt"
         words = (["--device", device] if device != "cpu" else []) + ["--program", program, "--out", file]
-        process([out / "sample.py", "--seed", 3, "--label", 1, "--steps", 10, *words])
+        words = [out / "sample.py", "--seed", 3, "--label", 1, "--steps", 10, *words]
+        process(words, {"PYTHONSAFEPATH": ""})  # it imports rng.py, which lies beside it
         return torch.load(file, weights_only=True).cpu()
 
     wanted = latent("torch", "cpu")
@@ -208,36 +210,31 @@ def serve(work: Work) -> list[Check]:
 
 
 def prepare(work: Work) -> list[Check]:
-    """Moments and tokens of a few pictures."""
-    from repa_scale.data.dataset import open_dataset
-    from repa_scale.data.features import stored_features
+    """Moments and tokens of a few pictures, by the networks that `prepare` runs; the verb also needs the package
+    streaming, which has no part in them."""
+    from repa_scale.features import FeatureNetworks
 
     random = np.random.RandomState(3)
-    pictures = work.folder / "pictures"
-    for number in range(2 * work.images):
-        file = pictures / f"direction {number % CLASSES}" / f"{number}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(grating(number % CLASSES, random, work.size)).save(file)
+    pictures = np.stack([grating(number % CLASSES, random, work.size) for number in range(2 * work.images)])
     encoder = make_encoder(work.folder / "encoder.safetensors", ENCODER, (TOKENS, TOKENS))
-    sets = []
+    columns = []
     for device in (work.device, "cpu"):
-        out = work.folder / f"set {len(sets)}"
-        words = [pictures, "--out", out, "--size", work.size, "--workers", 1, "--moments", f"{VAE}=random"]
-        words += ["--tokens", f"{ENCODER}={encoder}", "--token-grid", TOKENS]
-        verb("prepare", *words, environment={"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
-        sets.append(open_dataset(out))
-    checks = []
-    for stored in stored_features(json.loads((sets[1].path / "dataset.json").read_text())):
-        ours, wanted = (
-            torch.stack([stored.unpack_one(one.reader[i][stored.column], "") for i in range(one.count)]).float()
-            for one in sets
-        )
-        if stored.kind == "moments":
-            checks.append(Check("prepare", "moments against the CPU's", relative(ours, wanted), MOMENTS))
-        else:
-            off = 1 - torch.nn.functional.cosine_similarity(ours, wanted, dim=-1).min().item()
-            checks.append(Check("prepare", "tokens: 1 - cosine to the CPU's, the worst", off, TOKEN))
-    return [*checks, Check("prepare", "pictures that are absent", 2 * work.images - sets[0].count, 0)]
+        with SEEDED:
+            networks = FeatureNetworks(
+                work.size, (VAE, "random"), [(ENCODER, str(encoder))], moments_dtype="fp32", tokens_dtype="bf16",
+                grid=TOKENS, flip=False, device=torch.device(device),
+            )  # fmt: skip
+        columns.append(networks(pictures))
+    moments, tokens = networks.stored
+    (ours, wanted), (seen, target) = (
+        (torch.stack([stored.unpack_one(row[stored.column], "") for row in rows]).float() for rows in columns)
+        for stored in (moments, tokens)
+    )
+    off = 1 - torch.nn.functional.cosine_similarity(seen, target, dim=-1).min().item()
+    return [
+        Check("prepare", "moments against the CPU's", relative(ours, wanted), MOMENTS),
+        Check("prepare", "tokens: 1 - cosine to the CPU's, the worst", off, TOKEN),
+    ]
 
 
 CASES: dict[str, Callable[[Work], list[Check]]] = {
@@ -268,14 +265,16 @@ def decoding_peak(device: str) -> int:
     config = Config()
     config.latents.name, config.latents.weights = VAE, "random"
     if device == "cpu":
-        latents = build_latents(config, "meta", torch.float32)
+        with SEEDED:
+            latents = build_latents(config, "meta", torch.float32)
         given = torch.empty(64, 4, 32, 32, device="meta")
         counter = Counter()
         counter.known(given, *latents.vae.parameters(), *latents.vae.buffers())
         with counter:
             latents.decode(given)
         return counter.most
-    latents = build_latents(config, device, torch.float32)
+    with SEEDED:
+        latents = build_latents(config, device, torch.float32)
     given = torch.zeros(64, 4, 32, 32, device=device)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

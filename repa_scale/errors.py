@@ -57,12 +57,24 @@ def require(module: str, extra: str) -> ModuleType:
         ) from None
 
 
+LOST = "lost the connection to another rank; see how the others ended"
+# gloo's and NCCL's words for a process at the other end that is gone.
+LOST_SIGNS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+
+
 def reason(error: BaseException) -> str:
     """What went wrong in a foreign library, on one line: the head of its text, and of its innermost cause's."""
     cause = error
     while inner := cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__):
         cause = inner
     return ", because: ".join(dict.fromkeys((_head(error), _head(cause))))
+
+
+def summary(error: BaseException) -> str:
+    """An error that no user can fix, on one line: its type and `reason`. One that only says that another rank is gone
+    begins with LOST, because that rank has the cause."""
+    text = f"{type(error).__name__}: {reason(error)}"
+    return f"{LOST} ({text})" if any(sign in str(error) for sign in LOST_SIGNS) else text
 
 
 def _head(error: BaseException) -> str:

@@ -16,7 +16,7 @@ from repa_scale.errors import (
     ConfigError,
     ExitCode,
     UserError,
-    reason,
+    summary,
 )
 
 log = logging.getLogger("repa_scale")
@@ -61,7 +61,7 @@ def _main(argv: list[str]) -> tuple[int, str, bool]:
         return INTERRUPTED, "interrupted", False
     except Exception as error:
         log.exception("the run failed")
-        return ExitCode.FAILED, f"{type(error).__name__}: {reason(error)}", False
+        return ExitCode.FAILED, summary(error), False
 
 
 def _telling(place) -> AbstractContextManager[None]:
@@ -128,7 +128,7 @@ def run(config, origin) -> ExitCode:
     from repa_scale.redact import redacted
     from repa_scale.tracking import open_tracker
     from repa_scale.trainer import Trainer
-    from repa_scale.watchdog import report_failure
+    from repa_scale.watchdog import cause, report_failure
 
     import_deepspeed(ranks.device.type)
     tracker = None
@@ -140,9 +140,9 @@ def run(config, origin) -> ExitCode:
         return Trainer(config, ranks, dataset, folder, tracker, identity, ds_config, decoder.decoder).train()
     except BaseException as error:
         if folder is not None:
-            folder.fail(f"{type(error).__name__}: {error}")
+            folder.fail(cause(error))
         else:
-            report_failure(ranks, f"{type(error).__name__}: {reason(error)}")
+            report_failure(ranks, summary(error))
         if tracker is not None:
             tracker.finish("failed")
         raise

@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from repa_scale import flight_recorder, timeouts
 from repa_scale.config import HealthConfig
-from repa_scale.errors import ExitCode
+from repa_scale.errors import LOST, ExitCode, summary
 from repa_scale.files import write_atomically
 from repa_scale.ranks import Ranks
 from repa_scale.run_folder import RunFolder, read_status
@@ -50,11 +50,24 @@ def report_failure(ranks: Ranks, reason: str) -> None:
         # Over the connection that is there: a new one would wait for a rank 0 that is gone.
         with suppress(RuntimeError, ValueError):
             store = dist.distributed_c10d._get_default_store()
-            store.set(FAILED, f"rank {ranks.rank} on {platform.node()} failed: {reason}")
+            # The first report stays: those that follow have only lost a rank.
+            store.compare_set(FAILED, "", f"rank {ranks.rank} on {platform.node()} failed: {reason}")
 
     teller = threading.Thread(target=tell, name="failure", daemon=True)
     teller.start()
     teller.join(ANSWER_SECONDS)
+
+
+def cause(error: BaseException) -> str:
+    """Why rank 0 ends with `error`, for status.json. Where it has only lost another rank, that one's report: it is in
+    the store before that rank's connections close."""
+    text = summary(error)
+    if text.startswith(LOST):
+        with suppress(RuntimeError, ValueError):
+            store = dist.distributed_c10d._get_default_store()
+            if store.check([FAILED]):
+                return store.get(FAILED).decode()
+    return text
 
 
 class Watchdog:

@@ -22,7 +22,7 @@ from process_group import group_of_one
 
 from repa_scale import cuda, host_group, ranks, roll_call, timeouts
 from repa_scale.engine import _import_deepspeed, choose_accelerator
-from repa_scale.errors import ConfigError, MachineError, UserError
+from repa_scale.errors import LOST, ConfigError, MachineError, UserError
 from repa_scale.ranks import Ranks
 from repa_scale.roll_call import Report, judge
 
@@ -167,7 +167,7 @@ def test_a_rank_that_fails_leaves_its_outcome_and_ends(tmp_path, where):
         assert said[1].strip() == f"repa-scale: error on {host} rank 1: local rank 1 has no GPU"
     else:
         assert left[1]["error"] == "RuntimeError: laid by the test"
-        assert "peer" in left[0]["error"].lower() or "closed" in left[0]["error"].lower(), left[0]
+        assert left[0]["error"].startswith(LOST), left[0]
 
 
 @pytest.mark.parametrize("world", [1, 2])

@@ -6,6 +6,7 @@ import pickle
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ import repa_scale
 from repa_scale import flight_recorder, timeouts, tracking, watchdog
 from repa_scale.config import HealthConfig
 from repa_scale.data import batches, fetcher, remote
+from repa_scale.errors import LOST
+from repa_scale.launch import job
 from repa_scale.ranks import Ranks
 from repa_scale.watchdog import Watchdog
 
@@ -139,6 +142,34 @@ def test_an_error_of_another_rank_reaches_the_status(two, monkeypatch):
     assert until(lambda: len(run.told) == 2)
     assert [kind for kind, _ in run.told] == ["rank_failed", "failed"]
     assert "rank 1 on" in run.told[0][1] and "laid by the test" in run.told[0][1]
+
+
+def test_the_status_names_the_rank_that_failed_and_not_the_lost_connection(two, monkeypatch):
+    (first, second), _, _ = two
+    lost = RuntimeError("[pair.cc:553] Connection closed by peer [10.0.0.2]:61111. GLHF!")
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", second.ranks.store)
+    assert watchdog.cause(lost).startswith(LOST) and "closed by peer" in watchdog.cause(lost)
+    first.close()  # rank 0 ends by its own error, before its watchdog has read the report
+    watchdog.report_failure(second.ranks, "ValueError: laid by the test")
+    watchdog.report_failure(second.ranks, "RuntimeError: of a rank that lost the first")
+    assert watchdog.cause(lost).endswith("failed: ValueError: laid by the test")
+    assert watchdog.cause(ValueError("its own")) == "ValueError: its own"
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_launch_names_the_killed_rank_and_not_the_one_that_lost_it(killed, monkeypatch, capsys):
+    monkeypatch.setattr(job, "CAUSE_SECONDS", 0.2)
+    told = job.Job(SimpleNamespace(host_of=lambda rank: f"node-{rank}"))
+    events = [{"event": "ended", "rank": 0, "code": 70, "what": "ended with code 70", "error": f"{LOST} (closed)"}]
+    if killed:
+        events.append({"event": "ended", "rank": 1, "code": -9, "what": "was killed by SIGKILL", "error": ""})
+    for event in events:
+        told._take(None, event)
+    told._take(*told.inbox.get(timeout=5))
+    assert told.problem == (
+        "rank 1 on node-1 was killed by SIGKILL" if killed else f"rank 0 on node-0 ended with code 70: {LOST} (closed)"
+    )
+    assert told.ended.keys() == ({0, 1} if killed else {0})
 
 
 def test_the_flight_recorder_is_on_and_writes_into_the_run(tmp_path):

@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from repa_scale.errors import ExitCode, UserError
+from repa_scale.errors import LOST, ExitCode, UserError
 from repa_scale.launch import visible
 from repa_scale.launch.channel import Channel, await_all
 from repa_scale.launch.code import code_hashes, difference, versions
@@ -29,6 +29,7 @@ from repa_scale.processes import REMEDY, STUCK_SECONDS, start_deaf
 PING_SECONDS = 1.0
 CONNECT_SECONDS = 60.0
 START_SECONDS = 600.0  # until every rank has started Python
+CAUSE_SECONDS = 1.5  # that a rank which lost another one gives it to be told of
 FOLLOW_SECONDS = 3.0  # after a rank failed: for the others to say why they end
 LEAVE_SECONDS = 60.0  # after a rank ended well: for the others to end well too
 LAUNCHER_SECONDS = 15.0  # after the last rank ended: for deepspeed to notice
@@ -308,6 +309,10 @@ class Job:
         elif kind == "gone" and channel.node >= 0:
             self._fail(f"the connection to the guard on {channel.name} is gone ({channel.complaint()})")
         elif kind == "ended":
+            if event["error"].startswith(LOST) and not event.get("late"):  # the lost rank's own end is the cause
+                late = (channel, {**event, "late": True})
+                threading.Timer(CAUSE_SECONDS, self.inbox.put, [late]).start()
+                return
             rank = event["rank"]
             self.ended[rank] = event
             if event["code"] not in WELL:

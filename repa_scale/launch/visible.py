@@ -65,8 +65,8 @@ def gpus_of(slots: Sequence[int], value: str | None, where: str = "") -> str | N
     said = f"{where}{VARIABLE}={value}"
     if max(slots) >= len(shown):
         raise ConfigError(
-            f"{said} shows {len(shown)} GPUs, and slot {max(slots)} is asked for (slots count from 0 in that list); "
-            "ask for fewer (--num_gpus, --include), or show more"
+            f"{said} shows {'1 GPU' if len(shown) == 1 else f'{len(shown)} GPUs'}, and slot {max(slots)} "
+            "is asked for (slots count from 0 in that list); ask for fewer (--num_gpus, --include), or show more"
         )
     chosen = [shown[slot] for slot in slots]
     if len(chosen) > 1 and MIG.fullmatch(chosen[0]):
