@@ -7,8 +7,10 @@ By default torch computes convolutions on CUDA in TF32 (10 bits of mantissa) and
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -29,16 +31,45 @@ def use(mode: str) -> None:
 
 @contextmanager
 def within(mode: str) -> Iterator[None]:
-    """The arithmetic of float32 in a block. The switches are the process's: threads beside it compute alike."""
-    before = _state()
-    use(mode)
-    if _state() == before:  # another thread may stand in a block of the same mode: nothing to give back
-        yield
-        return
+    """The arithmetic of float32 in a block. The switches are the process's: threads beside it compute alike.
+
+    Blocks of threads may overlap: those of one mode share it, and the last to end gives back what the first found.
+    """
+    with _lock:
+        if not (_blocks and _blocks[-1].mode == mode):
+            _blocks.append(_Block(mode, _state()))
+        block = _blocks[-1]
+        block.inside += 1
+        use(mode)
     try:
         yield
     finally:
-        _set(*before)
+        with _lock:
+            block.inside -= 1
+            if not block.inside:
+                _end(block)
+
+
+@dataclass(eq=False)
+class _Block:
+    """What `within` opened, `inside` times, and the switches it found."""
+
+    mode: str
+    before: tuple[str, bool, list[str]]
+    inside: int = 0
+
+
+_blocks: list[_Block] = []  # open ones, outermost first
+_lock = threading.Lock()
+
+
+def _end(block: _Block) -> None:
+    at = _blocks.index(block)
+    if block is _blocks[-1]:
+        _set(*block.before)
+    else:  # a thread has opened another mode since, which is in force: it gives back what this block found
+        _blocks[at + 1].before = block.before
+    del _blocks[at]
 
 
 def of_training(precision: str) -> str:

@@ -76,6 +76,33 @@ def test_a_block_gives_back_what_it_found(start):
     assert arithmetic._state() == before
 
 
+def test_blocks_of_threads_overlap():
+    """Entered and left in any order, as by requests of a served MLflow model."""
+    B.cudnn.allow_tf32 = True
+    start = arithmetic._state()
+    first, second, third = (arithmetic.within("fp32") for _ in range(3))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert switches() == FP32
+    third.__enter__()
+    second.__exit__(None, None, None)
+    assert switches() == FP32
+    third.__exit__(None, None, None)
+    assert arithmetic._state() == start
+
+
+def test_blocks_of_two_modes_leave_nothing_behind():
+    start = arithmetic._state()
+    first, second = arithmetic.within("fp32"), arithmetic.within("tf32")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert switches() == TF32
+    second.__exit__(None, None, None)
+    assert arithmetic._state() == start
+
+
 def test_compiled_code_asks_for_the_switches_and_gets_an_answer():
     """Dynamo and Inductor read both interfaces, and one of them raises where they disagree."""
     arithmetic.use("tf32")
