@@ -274,8 +274,8 @@ def _import_deepspeed(ranks: Ranks):
     return deepspeed
 
 
-def choose_accelerator(device: str) -> None:
-    """Tells DeepSpeed which accelerator to take, before its import: by itself it takes CUDA wherever there is a GPU.
+def check_accelerator(device: str) -> None:
+    """Refuses another accelerator for DeepSpeed than the ranks' own.
 
     Args:
         device: `cuda` or `cpu`, where the ranks work.
@@ -283,7 +283,7 @@ def choose_accelerator(device: str) -> None:
     Raises:
         ConfigError: DS_ACCELERATOR names another, or DeepSpeed is imported and has taken another.
     """
-    wanted = os.environ.setdefault("DS_ACCELERATOR", device)
+    wanted = os.environ.get("DS_ACCELERATOR", device)
     if wanted != device:
         other = f", or set train.device={wanted}" if wanted in ("cpu", "cuda") else ""
         raise ConfigError(f"DS_ACCELERATOR={wanted}, but the ranks work on {device}; unset DS_ACCELERATOR{other}")
@@ -306,22 +306,27 @@ def import_deepspeed(device: str):
         device: `cuda` or `cpu`, where the ranks work.
 
     Raises:
-        ConfigError: of `choose_accelerator`.
+        ConfigError: of `check_accelerator`.
     """
-    choose_accelerator(device)
-    return _imported()
+    check_accelerator(device)
+    return _imported(device)
 
 
 @functools.cache
-def _imported():
+def _imported(device: str):
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed)\..*")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     hide = "deepspeed" not in sys.modules and "mlflow" not in sys.modules
     if hide:
         sys.modules["mlflow"] = None  # an import inside raises ImportError, which the autotuner is ready for
+    told = "DS_ACCELERATOR" in os.environ
+    os.environ["DS_ACCELERATOR"] = device  # else DeepSpeed takes CUDA wherever there is a GPU
     try:
         deepspeed = require("deepspeed", "train")
+        deepspeed.accelerator.get_accelerator()  # and keeps it
     finally:
+        if not told:
+            os.environ.pop("DS_ACCELERATOR")
         if hide:
             sys.modules.pop("mlflow", None)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # its import sets another

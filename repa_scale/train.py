@@ -161,11 +161,11 @@ def check(config, ranks):
     from repa_scale.alignment import check_kernel
     from repa_scale.cuda import check_precision
     from repa_scale.data.dataset import check_dataset, open_configured
-    from repa_scale.engine import choose_accelerator
+    from repa_scale.engine import check_accelerator
     from repa_scale.tracking import check_installed
 
     check_installed(config)
-    choose_accelerator(ranks.device.type)
+    check_accelerator(ranks.device.type)
     if ranks.device.type == "cuda":
         check_precision(config.train.precision)
     check_kernel(config, ranks.device)

@@ -157,7 +157,7 @@ def start(variables, **answers):
     return [code, said.getvalue(), torch.distributed.is_initialized()]
 
 seen = {"is_available": True, "device_count": 1, "get_arch_list": ["sm_75", "sm_80"]}
-seen["get_device_properties"] = SimpleNamespace(major=9)
+seen["get_device_properties"] = SimpleNamespace(major=9, minor=0)
 far = {"RANK": "9", "LOCAL_RANK": "0", "WORLD_SIZE": "16", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 print(json.dumps([
     start({}),

@@ -254,7 +254,8 @@ def pretend_gpu(portable, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch_export, "build_step", lambda source, options: short)
     monkeypatch.setattr(torch_export, "write_programs", copies)
-    return start
+    with arithmetic.within("tf32"):
+        yield start
 
 
 def test_the_package_for_a_gpu_is_compared_in_float32(trained, tmp_path, pretend_gpu):

@@ -21,7 +21,7 @@ from launching import free_port
 from process_group import group_of_one
 
 from repa_scale import cuda, host_group, ranks, roll_call, timeouts
-from repa_scale.engine import _import_deepspeed, choose_accelerator
+from repa_scale.engine import _import_deepspeed, check_accelerator
 from repa_scale.errors import LOST, ConfigError, MachineError, UserError
 from repa_scale.ranks import Ranks
 from repa_scale.roll_call import Report, judge
@@ -239,15 +239,13 @@ def test_groups_of_deepspeed_have_the_timeout_of_the_run():
 ACCELERATOR = """
 import sys, torch
 torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 8
-from repa_scale.engine import choose_accelerator, import_deepspeed
+from repa_scale.engine import check_accelerator, import_deepspeed
 from repa_scale.errors import ConfigError
 import_deepspeed(sys.argv[1])
 from deepspeed.accelerator import get_accelerator
 print(get_accelerator().device_name())
-import os
-os.environ.pop("DS_ACCELERATOR")
 try:
-    choose_accelerator("cuda")
+    check_accelerator("cuda")
 except ConfigError as error:
     print(error)
 """
@@ -265,9 +263,9 @@ def test_deepspeed_takes_the_ranks_device_on_a_machine_with_gpus():
 
 def test_another_accelerator_than_the_ranks_is_refused(monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    choose_accelerator("cpu")
+    check_accelerator("cpu")
     with pytest.raises(ConfigError, match="DS_ACCELERATOR=cpu, but the ranks work on cuda; unset DS_ACCELERATOR, or"):
-        choose_accelerator("cuda")
+        check_accelerator("cuda")
 
 
 @pytest.mark.parametrize(
