@@ -62,9 +62,7 @@ def _run(args: argparse.Namespace, trained: Trained, settings: SampleConfig, ran
         drawer = Drawer(trained, recipe, latents, ranks.device)
         if ranks.is_main:
             _tell_labels(recipe)
-        with arithmetic.within(drawer.float32):  # here too, for the threads that draw
-            stopped = draw_missing(blocks, drawer, ranks, stop)
-        if stopped:
+        if draw_missing(blocks, drawer, ranks, stop):
             _say(
                 ranks,
                 f"stopped: {blocks.finished()} of {recipe.count} samples are drawn; start the same command "

@@ -98,6 +98,17 @@ def test_blocks_of_threads_that_overlap_end_in_any_order(start):
     assert arithmetic._state() == before
 
 
+def test_blocks_of_two_modes_leave_nothing_behind():
+    start = arithmetic._state()
+    first, second = arithmetic.within("fp32"), arithmetic.within("tf32")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert switches() == TF32
+    second.__exit__(None, None, None)
+    assert arithmetic._state() == start
+
+
 def test_compiled_code_asks_for_the_switches_and_gets_an_answer():
     """Dynamo and Inductor read both interfaces, and one of them raises where they disagree."""
     arithmetic.use("tf32")
