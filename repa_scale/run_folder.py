@@ -94,8 +94,8 @@ class RunFolder:
             raise RuntimeError(f"{self.path} was taken over by {self._taken_by}; this process stops writing there")
         self._status["step"] = step
 
-    def close(self, state: str, step: int, reason: str = "", **facts: str) -> None:
-        """Writes the final state, with `facts` beside it, and gives the lease back."""
+    def close(self, state: str, step: int, reason: str = "") -> None:
+        """Writes the final state and gives the lease back."""
         self._closed.set()
         if self._heart.is_alive():
             self._heart.join()
@@ -104,7 +104,7 @@ class RunFolder:
         self._metrics.close()
         if self._taken_by:
             return
-        self._status.update(state=state, step=step, reason=redacted(reason), **facts)
+        self._status.update(state=state, step=step, reason=redacted(reason))
         try:
             self._write_status()
         except OSError as error:
@@ -112,10 +112,10 @@ class RunFolder:
         if read_lease(self.path).get("token") == self._token:
             (self.path / "lease.json").unlink(missing_ok=True)
 
-    def fail(self, reason: str, **facts: str) -> None:
+    def fail(self, reason: str) -> None:
         """Closes the folder of a run that an error ended, unless it is closed already."""
         if not self._closed.is_set():
-            self.close("failed", self._status["step"], reason, **facts)
+            self.close("failed", self._status["step"], reason)
 
     def _beat(self) -> None:
         while not self._closed.wait(HEARTBEAT_SECONDS):

@@ -177,18 +177,18 @@ class Watchdog:
             self._store.set(f"{ASK}/{self.ranks.rank}", self._where())
         except RuntimeError:
             return
-        trace = flight_recorder.dump(self._log, self.ranks.rank, self.ranks.device.type)
         if self.run is not None:
-            self._note("hang", reason, trace)
+            self._note("hang", reason)
+        self._record()
 
     def _end(self, what: str) -> None:
         reason = f"watchdog: rank {self.ranks.rank} on {platform.node()} {what}"
         faulthandler.dump_traceback_later(LAST_SECONDS, exit=True)  # C code may hold Python's lock
         self._write_stacks(what)
         others = self._ask(reason)
-        trace = flight_recorder.dump(self._log, self.ranks.rank, self.ranks.device.type)
         log.error("%s; %s", reason, "; ".join(others))
-        self._note("hang", "; ".join([reason, *others]), trace)
+        self._note("hang", "; ".join([reason, *others]))
+        self._record()  # last: it may wait for NCCL
         logging.shutdown()
         os._exit(ExitCode.FAILED)
 
@@ -213,24 +213,30 @@ class Watchdog:
     def _log(self) -> Path:
         return self.run_dir / "log"
 
-    def _note(self, kind: str, reason: str, trace: Path | None = None) -> None:
-        """status.json and incidents.jsonl; written by any rank, since rank 0 may be the one that hangs.
-
-        Args:
-            trace: this rank's file of the flight recorder; the other ranks' lie beside it.
-        """
-        facts = {"flight_recorder": str(trace)} if trace else {}
+    def _note(self, kind: str, reason: str) -> None:
+        """status.json and incidents.jsonl; written by any rank, since rank 0 may be the one that hangs."""
         try:
             if self.run is not None:
-                self.run.incident(kind, reason=reason, **facts)
-                self.run.fail(reason, **facts)
+                self.run.incident(kind, reason=reason)
+                self.run.fail(reason)
                 return
             status = read_status(self.run_dir)
             if status.get("state") == "running":
-                status.update(state="failed", reason=reason, updated=time.time(), **facts)
+                status.update(state="failed", reason=reason, updated=time.time())
                 write_atomically(self.run_dir / "status.json", json.dumps(status))
         except OSError as error:
             log.error("status.json cannot be written: %s", error)
+
+    def _record(self) -> None:
+        """The last collectives, and in status.json where the first rank's are; the others' lie beside them."""
+        trace = flight_recorder.dump(self._log, self.ranks.rank, self.ranks.device.type)
+        try:
+            status = read_status(self.run_dir)
+            if trace and status.get("state") == "failed" and "flight_recorder" not in status:
+                status["flight_recorder"] = str(trace)
+                write_atomically(self.run_dir / "status.json", json.dumps(status))
+        except OSError as error:
+            log.error("status.json does not name %s: %s", trace, error)
 
     def _write_stacks(self, why: str) -> None:
         try:
