@@ -27,9 +27,9 @@ NETWORK = (
     *("nfs", "nfs4", "lustre", "cifs", "smb3", "smbfs", "gpfs", "beegfs", "ceph", "glusterfs", "wekafs", "9p", "afs"),
     *("pvfs2", "orangefs", "panfs", "ocfs2", "gfs2", "virtiofs", "davfs", "mmfs", "vastnfs"),
 )
-RENEW_SECONDS = (
-    30 * 86400.0
-)  # after which a cache that nobody uses begins anew: nothing in it says what is still of use
+LOCAL_FUSE = ("fuse.fuse-overlayfs",)  # of containers without root; any other FUSE is taken for a network's
+# After so long a cache that nobody uses begins anew: nothing in it says what is still of use.
+RENEW_SECONDS = 30 * 86400.0
 MOUNTS = Path("/proc/self/mountinfo")
 _locks: list = []  # held until the process ends
 
@@ -117,4 +117,4 @@ def _mount_of(path: Path, mounts: list[tuple[Path, str, str]]) -> tuple[str, str
 
 
 def _is_network(kind: str) -> bool:
-    return kind in NETWORK or kind.startswith("fuse.")
+    return kind in NETWORK or (kind.startswith("fuse.") and kind not in LOCAL_FUSE)

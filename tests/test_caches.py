@@ -59,8 +59,9 @@ def test_every_verb_on_ranks_sets_them_before_it_looks_for_a_gpu(node, monkeypat
     assert seen == [True]
 
 
-def test_a_local_home_keeps_its_caches(node):
-    assert set_by(node("ext4")) == (None, {})
+@pytest.mark.parametrize("kind", ["ext4", "fuse.fuse-overlayfs"])
+def test_a_local_home_keeps_its_caches(node, kind):
+    assert set_by(node(kind)) == (None, {})
 
 
 def test_what_the_user_set_stays(node):
