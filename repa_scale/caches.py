@@ -28,7 +28,7 @@ NETWORK = (
     *("pvfs2", "orangefs", "panfs", "ocfs2", "gfs2", "virtiofs", "davfs", "mmfs", "vastnfs"),
 )
 LOCAL_FUSE = ("fuse.fuse-overlayfs",)  # of containers without root; any other FUSE is taken for a network's
-# After so long a cache that nobody uses begins anew: nothing in it says what is still of use.
+# An unused cache is emptied after this long: nothing in it says which entries are still of use.
 RENEW_SECONDS = 30 * 86400.0
 MOUNTS = Path("/proc/self/mountinfo")
 _locks: list = []  # held until the process ends

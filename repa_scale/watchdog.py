@@ -2,7 +2,7 @@
 
 Each phase of the loop has a deadline learned from its own past (timeouts.py). When one passes, the stacks and the last
 collectives go to this rank's log, the other ranks are asked for theirs through the store, status.json gets the reason,
-and the process ends with code 70. A rank in a collective goes on waiting while another says that it is patient: that
+and the process exits with code 70. A rank in a collective goes on waiting while another says that it is patient: that
 one waits for something, such as a batch, that ends by itself and then has the better message.
 """
 
